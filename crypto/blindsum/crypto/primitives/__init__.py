@@ -1,0 +1,1 @@
+"""Thin, named layers over well-kept libraries."""

@@ -1,0 +1,1 @@
+"""The schemes, one module or package each, all behind the interface in `base`."""

@@ -1,0 +1,1 @@
+"""What people sign and what members check before they answer: the aggregator writes none of it."""

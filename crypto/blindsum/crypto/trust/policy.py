@@ -1,0 +1,51 @@
+"""The policy: floors that every member pins, signed by the owner (protocols.md 1.2)."""
+
+from typing import Annotated, Literal
+
+import msgspec
+from blindsum.crypto.canonical import Document
+from blindsum.crypto.trust.documents import Digest, PerMille, UnixTime
+
+KIND = "policy"
+
+SchemeName = Literal["masking", "bfv", "ckks", "paillier"]
+Weighting = Literal["size", "sqrt", "equal"]
+
+
+class Policy(Document, frozen=True, kw_only=True):
+    """What no plan, round or server may undercut.
+
+    `gamma` and `delta` are per mille: members that may collude with the server, members that may drop
+    out. `max_weight_ratio` caps how much more one member may weigh than another. `reveal` is to whom a
+    sum may be opened. `seeded_uploads` lets HE members, who share the key, send half-size ciphertexts.
+    """
+
+    federation: Digest
+    version: Annotated[int, msgspec.Meta(ge=1)]
+    valid_until: UnixTime
+    schemes: tuple[SchemeName, ...]
+    n_min: Annotated[int, msgspec.Meta(ge=3, le=100_000)]
+    n_max: Annotated[int, msgspec.Meta(ge=3, le=100_000)]
+    gamma: PerMille = 333
+    delta: PerMille = 333
+    security: Literal[40, 80] = 80
+    bits_min: Annotated[int, msgspec.Meta(ge=2, le=32)] = 8
+    bits_max: Annotated[int, msgspec.Meta(ge=2, le=32)] = 24
+    weightings: tuple[Weighting, ...] = ("sqrt", "size", "equal")
+    max_weight_ratio: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 16
+    max_range_exponent: Annotated[int, msgspec.Meta(ge=-20, le=20)] = 4
+    reveal: Literal["members"] = "members"
+    seeded_uploads: bool = True
+    paillier_bits: Literal[2048, 3072] = 3072
+
+    def __post_init__(self) -> None:
+        if not self.schemes or len(set(self.schemes)) != len(self.schemes):
+            raise ValueError("a policy names at least one scheme, each once")
+        if self.n_min > self.n_max:
+            raise ValueError(f"n_min = {self.n_min} is above n_max = {self.n_max}")
+        if self.bits_min > self.bits_max:
+            raise ValueError(f"bits_min = {self.bits_min} is above bits_max = {self.bits_max}")
+
+    def honest_floor(self) -> int:
+        """Honest members among which the smallest allowed cohort hides one: n_min - floor(gamma n_min)."""
+        return self.n_min - self.gamma * self.n_min // 1000
