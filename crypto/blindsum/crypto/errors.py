@@ -101,3 +101,7 @@ class MissingExtra(BlindsumError):
     def __init__(self, extra: str, what: str) -> None:
         super().__init__(f"{what} needs an optional dependency: pip install 'blindsum[{extra}]'")
         self.extra = extra
+
+
+class UnsupportedPlatform(BlindsumError):
+    """The operating system lacks something that a scheme can't do without. The text says what."""

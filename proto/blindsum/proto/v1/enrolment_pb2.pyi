@@ -624,6 +624,7 @@ class CheckpointInfo(_message.Message):
     SIGNATURES_FIELD_NUMBER: _builtins.int
     ROSTER_FIELD_NUMBER: _builtins.int
     SURVIVORS_FIELD_NUMBER: _builtins.int
+    CLAIM_FIELD_NUMBER: _builtins.int
     state_round: _builtins.int
     """Index r of the state S_r."""
     state: _builtins.bytes
@@ -639,6 +640,8 @@ class CheckpointInfo(_message.Message):
     roster: _builtins.bytes
     """Digest of the roster that was in force in that round."""
     survivors: _builtins.int
+    claim: _builtins.bytes
+    """Canonical StateClaim: h1, index, digest, the survivors by name, and their signatures."""
     @_builtins.property
     def signatures(self) -> _containers.RepeatedCompositeFieldContainer[Global___StateSignature]:
         """Signatures of survivors over ("state", h1, r, digest)."""
@@ -656,10 +659,11 @@ class CheckpointInfo(_message.Message):
         signatures: _abc.Iterable[Global___StateSignature] | None = ...,
         roster: _builtins.bytes = ...,
         survivors: _builtins.int = ...,
+        claim: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["h1", b"h1", "header", b"header", "roster", b"roster", "sealed_digest", b"sealed_digest", "sealing_context", b"sealing_context", "signatures", b"signatures", "state", b"state", "state_round", b"state_round", "survivors", b"survivors", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "h1", b"h1", "header", b"header", "roster", b"roster", "sealed_digest", b"sealed_digest", "sealing_context", b"sealing_context", "signatures", b"signatures", "state", b"state", "state_round", b"state_round", "survivors", b"survivors", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
