@@ -34,9 +34,7 @@ def test_the_largest_values_do_not_overflow_between_reductions(bits):
     count = 40_000
     values = np.full(count, 2**bits - 1, np.uint64)
     check = SumCheck(KEY)
-    halves = add(
-        check.partial(0, values[:12_345], bits), check.partial(12_345, values[12_345:], bits)
-    )
+    halves = add(check.partial(0, values[:12_345], bits), check.partial(12_345, values[12_345:], bits))
     exact = tuple(0 for _ in PRIMES)
     for start in range(0, count, 20_000):
         first, second = coefficients(start, 20_000)

@@ -1,6 +1,7 @@
 """The vector of a round: encoding, summing and opening are exact, and what isn't a true sum is caught."""
 
 import math
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -123,7 +124,9 @@ def test_the_mean_is_within_one_quantum_of_the_true_weighted_mean(bits, sizes):
         total += encoder.fields(0, plan.fields)
         weights.append(weight_units(plan.encoding, size) / WEIGHT_UNITS)
     opened = open_sum(plan, total, [f"m{index}" for index in range(5)], exponents=exponents)
-    true = sum(w * update.astype(np.float64) for w, update in zip(weights, updates, strict=True)) / sum(weights)
+    true = sum(w * update.astype(np.float64) for w, update in zip(weights, updates, strict=True)) / sum(
+        weights
+    )
     quantum = 2.0 ** (len(sizes) - 3) / (2 ** (bits - 1) - 1)
     error = np.abs(opened.mean_update() - true)
     assert error.max() <= 5 * quantum / sum(weights) + 1e-7
@@ -137,7 +140,9 @@ def test_the_mean_is_within_one_quantum_of_the_true_weighted_mean(bits, sizes):
 def test_all_zero_and_all_maximum_vectors_are_exact():
     plan = vector_plan((CHUNK + 7, 3), 16, n_max=3, weighting="equal")
     for value in (0.0, 1.0, -1.0):
-        vectors = [encode(plan, np.full(plan.dimension, value), f"m{i}").fields(0, plan.fields) for i in range(3)]
+        vectors = [
+            encode(plan, np.full(plan.dimension, value), f"m{i}").fields(0, plan.fields) for i in range(3)
+        ]
         assert set(vectors[0][: plan.dimension].tolist()) == {2**15 + int(value * (2**15 - 1))}
         opened = open_sum(plan, add_up(vectors), ["m0", "m1", "m2"])
         assert np.all(opened.mean(0, plan.dimension) == value)
@@ -334,7 +339,9 @@ def test_metrics_at_the_ends_of_their_range_and_off_the_grid():
     plan = vector_plan((1,), 8, metrics=(metric,))
     for value, wanted in ((-0.3, -0.3), (0.7, 0.7), (0.01, 0.0)):
         vector = encode(plan, np.zeros(1), metrics={"m": value}).fields(0, plan.fields)
-        assert open_sum(plan, vector.astype(np.uint64), ["m1"]).metrics["m"] == pytest.approx(wanted, abs=0.16)
+        assert open_sum(plan, vector.astype(np.uint64), ["m1"]).metrics["m"] == pytest.approx(
+            wanted, abs=0.16
+        )
 
 
 def test_weights_follow_the_plan_and_are_raised_to_the_smallest():
@@ -393,3 +400,29 @@ class TestNoOverflow:
         total = add_up([encode(plan, np.ones(3), member).fields(0, plan.fields) for member in members])
         assert total.max() == 8 * int(vector.max())
         assert np.all(open_sum(plan, total, members).mean(0, 3) == 1.0)
+
+
+def test_memory_is_the_update_the_sum_and_a_few_chunks():
+    plan = vector_plan((2_000_000,), 16)
+    update = np.zeros(plan.dimension, np.float32)
+    encode(plan, update).fields(0, plan.fields)
+    frame = 1 << 17
+    tracemalloc.start()
+    try:
+        encoder = encode(plan, update)
+        for start in range(0, plan.fields, frame):
+            encoder.fields(start, min(start + frame, plan.fields))
+        encoding = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        decoder = VectorDecoder(plan, (0,), check_key=KEY)
+        encoder = encode(plan, update)
+        for start in range(0, plan.fields, frame):
+            fields = encoder.fields(start, min(start + frame, plan.fields))
+            decoder.absorb(start, fields.astype(np.uint64))
+        opened = decoder.finish(["m1"])
+        opened.mean(0, frame)
+        decoding = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert encoding < 6 << 20
+    assert decoding < 4 * plan.fields + (16 << 20)

@@ -43,11 +43,12 @@ class LaneLayout:
             raise ParameterRefused(f"bits = {bits} and n_max = {n_max} must be at least 1")
         guard, field = _guard_bits(n_max), _field_bits(bits, n_max)
         room = LANE_BITS - guard
-        if field > min(room, MAX_FIELD_BITS):
-            fits = next((b for b in range(bits, 0, -1) if _field_bits(b, n_max) <= min(room, MAX_FIELD_BITS)), 0)
+        limit = min(room, MAX_FIELD_BITS)
+        if field > limit:
+            fits = next((b for b in range(bits, 0, -1) if _field_bits(b, n_max) <= limit), 0)
             raise ParameterRefused(
                 f"the sum of {n_max} values of {bits} bits needs {field} bits, but a lane has room for "
-                f"{min(room, MAX_FIELD_BITS)} above its {guard} guard bits; "
+                f"{limit} above its {guard} guard bits; "
                 + (f"use at most {fits} bits, or a smaller n_max" if fits else "use a smaller n_max")
             )
         return cls(bits, n_max, guard, field, room // field)
@@ -111,7 +112,5 @@ class LaneLayout:
         if padded[count:].any():
             raise OpeningFailed("padding of the sum is not zero; the sum was discarded")
         if int(fields.max()) > members * self.maximum:
-            raise OpeningFailed(
-                f"a summed field is above {members} times its maximum; the sum was discarded"
-            )
+            raise OpeningFailed(f"a summed field is above {members} times its maximum; the sum was discarded")
         return fields

@@ -84,7 +84,7 @@ def weight_units(encoding: Encoding, examples: int) -> int:
     A weight below W_max / ratio is raised to it. Raises `EncodingError` for less than one example, or
     more than the plan's `max_examples`.
     """
-    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+    if isinstance(examples, bool) or not isinstance(examples, (int, np.integer)) or examples < 1:
         raise EncodingError("weight", f"examples = {examples!r}: give a whole number, at least 1")
     if encoding.weighting == "equal":
         return WEIGHT_UNITS
@@ -94,7 +94,7 @@ def weight_units(encoding: Encoding, examples: int) -> int:
             f"more examples than the plan's max_examples = {encoding.max_examples}; give at most that many, "
             "or ask the owner for a new plan",
         )
-    share = examples / encoding.max_examples
+    share = int(examples) / encoding.max_examples
     units = round((math.sqrt(share) if encoding.weighting == "sqrt" else share) * WEIGHT_UNITS)
     return max(units, smallest_weight(encoding))
 
@@ -216,8 +216,8 @@ class VectorEncoder:
     any order and on any thread, and again (the same values come back); the tail, which holds the tags,
     only when no other range is being made. Beside `update` it holds a few chunks.
 
-    `rounding_seed`: 32 bytes for stochastic rounding, for demos and tests that repeat a run; it must be
-    independent of every key. Without it they come from `random`.
+    `rounding_seed`: 32 bytes for stochastic rounding, for demos and tests that repeat a run; one for each
+    round, independent of every key. Without it they come from `random`.
 
     Raises `EncodingError` naming the tensor, the weight or the metric at fault; then nothing was made.
     """
@@ -255,7 +255,9 @@ class VectorEncoder:
             bits=plan.bits,
             units=units,
             clip_tolerance=plan.encoding.clip_tolerance,
-            rounding=Keystream(rounding_seed or random(32), "stochastic rounding"),
+            rounding=Keystream(
+                random(32) if rounding_seed is None else rounding_seed, "stochastic rounding", member.encode()
+            ),
         )
         tail[: len(plan.sizes)] = [report.vote for report in self._quantiser.reports]
         self._body_tail = tail

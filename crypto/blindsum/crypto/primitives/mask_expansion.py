@@ -51,7 +51,7 @@ class _Workspace:
 
     def __init__(self, keys: Sequence[bytes]) -> None:
         self.buffer: Lanes = np.empty(CHUNK_LANES, dtype="<u8")
-        self.bytes = memoryview(self.buffer).cast("B")
+        self.bytes = memoryview(self.buffer.data).cast("B")
         self.contexts = [_stream(key) for key in keys[:_CONTEXTS_KEPT]]
 
 
@@ -117,6 +117,6 @@ def subtract_multiple(key: bytes, times: int, lanes: Lanes, first_lane: int = 0)
     for at in range(0, len(lanes), CHUNK_LANES):
         chunk = lanes[at : at + CHUNK_LANES]
         stream = buffer[: len(chunk)]
-        context.update_into(_ZEROS[: len(chunk) * LANE_BYTES], memoryview(stream).cast("B"))
+        context.update_into(_ZEROS[: len(chunk) * LANE_BYTES], memoryview(stream.data).cast("B"))
         np.multiply(stream, factor, out=stream)
         np.subtract(chunk, stream, out=chunk)

@@ -51,7 +51,8 @@ def check_header(bound: BoundHeader, pinned: Pinned, *, now: float) -> None:
 
     `PolicyViolation`: the round undercuts policy or plan, or they have expired. `ServerViolation`: the
     header isn't one that an honest aggregator makes. `StateMismatch`: it continues from another
-    training state. `DocumentError`: the member isn't in the roster.
+    training state. `DocumentError`: the member isn't in the roster. `ParameterRefused`: the plan's sums
+    could overflow.
     """
     header = bound.header
     _check_documents(header, pinned, now)
@@ -69,6 +70,17 @@ def check_newer_policy(old: Policy, new: Policy) -> None:
     if new.version < old.version or (new.version == old.version and new != old):
         raise DocumentError(
             f"policy version {new.version} doesn't follow the pinned version {old.version}; "
+            "ask the owner for the current one"
+        )
+
+
+def check_newer_plan(old: Plan, new: Plan) -> None:
+    """Raises `DocumentError` unless `new` may take the place of `old`: versions of one name only grow."""
+    if new.federation != old.federation:
+        raise DocumentError("this plan is another federation's; keep the one you have")
+    if new.name == old.name and (new.version < old.version or (new.version == old.version and new != old)):
+        raise DocumentError(
+            f"plan {new.name!r} version {new.version} doesn't follow version {old.version}; "
             "ask the owner for the current one"
         )
 

@@ -53,13 +53,13 @@ class Way:
 
 
 CLOUD_ONLY: Final = Way(
-    "cloud_only", "cloud only", 0.05, from_hospital=True, cohort="receives", newcomer="receives"
+    "cloud_only", "cloud only", 0.025, from_hospital=True, cohort="receives", newcomer="receives"
 )
-CLOUD_FINETUNED: Final = Way("cloud_finetuned", "cloud + fine-tuned", 0.05, from_hospital=True)
-EDGE_ONLY: Final = Way("edge_only", "edge only", 0.05)
-FEDAVG: Final = Way("fedavg", "plain FedAvg", 0.05, shared="*", weight="size", newcomer="receives")
+CLOUD_FINETUNED: Final = Way("cloud_finetuned", "cloud + fine-tuned", 0.0008, from_hospital=True)
+EDGE_ONLY: Final = Way("edge_only", "edge only", 0.025)
+FEDAVG: Final = Way("fedavg", "plain FedAvg", 0.0125, shared="*", weight="size", newcomer="receives")
 PERSONALISED: Final = Way(
-    "personalised", "collaborative, local head", 0.05, shared="body.*", weight="sqrt", newcomer="fits head"
+    "personalised", "collaborative, local head", 0.025, shared="body.*", weight="sqrt", newcomer="fits head"
 )
 
 WAYS: Final = (CLOUD_ONLY, CLOUD_FINETUNED, EDGE_ONLY, FEDAVG, PERSONALISED)

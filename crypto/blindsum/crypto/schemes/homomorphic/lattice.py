@@ -7,7 +7,7 @@ exactly as many bits as its prime has, and must be below it, so every frame has 
 The running sum never leaves the aggregator: it is the result in whole 64-bit words.
 
 The aggregator adds residues modulo each prime and expands seeds itself (blake2xb.py). It never calls
-native homomorphic code, and has nothing that could.
+a homomorphic library, and has no key that could open anything.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,8 @@ from blindsum.crypto.schemes.homomorphic.cipher import (
 )
 
 _GROUP = 64
+# numpy shifts by an array without dimensions faster than by a number.
+_SHIFTS = tuple(np.array(by, np.uint64) for by in range(64))
 _NONCE_BYTES = 32
 
 Polynomials = list[Words]
@@ -43,10 +45,10 @@ def pack_bits(values: Words, width: int) -> bytes:
     shifted = np.empty(rows.shape[1], np.uint64)
     for i in range(_GROUP):
         word, offset = divmod(i * width, 64)
-        np.left_shift(rows[i], np.uint64(offset), shifted)
+        np.left_shift(rows[i], _SHIFTS[offset], shifted)
         np.bitwise_or(words[word], shifted, words[word])
         if offset + width > 64:
-            np.right_shift(rows[i], np.uint64(64 - offset), words[word + 1])
+            np.right_shift(rows[i], _SHIFTS[64 - offset], words[word + 1])
     return words.tobytes()
 
 
@@ -55,12 +57,12 @@ def unpack_bits(packed: memoryview | bytes, width: int) -> Words:
     words = np.frombuffer(packed, "<u8").reshape(width, -1)
     rows = np.empty((_GROUP, words.shape[1]), np.uint64)
     shifted = np.empty(words.shape[1], np.uint64)
-    mask = np.uint64((1 << width) - 1)
+    mask = np.array((1 << width) - 1, np.uint64)
     for i in range(_GROUP):
         word, offset = divmod(i * width, 64)
-        np.right_shift(words[word], np.uint64(offset), rows[i])
+        np.right_shift(words[word], _SHIFTS[offset], rows[i])
         if offset + width > 64:
-            np.left_shift(words[word + 1], np.uint64(64 - offset), shifted)
+            np.left_shift(words[word + 1], _SHIFTS[64 - offset], shifted)
             np.bitwise_or(rows[i], shifted, rows[i])
         np.bitwise_and(rows[i], mask, rows[i])
     return rows.ravel()
@@ -134,18 +136,26 @@ def parse_upload(
     ring = parameters.ring
     assert ring is not None
     count = parameters.ciphertexts_per_frame
-    body = check_envelope(frame, parameters.upload_frame_bytes, tag, "the frame")
-    seeds: list[bytes] = []
-    if parameters.upload_form == "seeded":
-        seeds = [bytes(body[i * SEED_BYTES : (i + 1) * SEED_BYTES]) for i in range(count)]
-        if len(set(seeds)) != count:
-            raise Refused(RefusalReason.REPLAY, "the frame uses one seed twice")
-        body = body[count * SEED_BYTES :]
+    seeds, body = split_upload(parameters, tag, frame)
     size = polynomial_bytes(ring, count)
     first = unpack_polynomials(body[:size], ring.data, count, ring.degree, "the frame")
     if seeds:
         return seeds, first, None
     return seeds, first, unpack_polynomials(body[size:], ring.data, count, ring.degree, "the frame")
+
+
+def split_upload(
+    parameters: CipherParameters, tag: bytes, frame: bytes | memoryview
+) -> tuple[list[bytes], memoryview]:
+    """Seeds (none in the public-key form) and packed polynomials. Raises `Refused`."""
+    body = check_envelope(frame, parameters.upload_frame_bytes, tag, "the frame")
+    if parameters.upload_form == "public-key":
+        return [], body
+    count = parameters.ciphertexts_per_frame
+    seeds = [bytes(body[i * SEED_BYTES : (i + 1) * SEED_BYTES]) for i in range(count)]
+    if len(set(seeds)) != count:
+        raise Refused(RefusalReason.REPLAY, "the frame uses one seed twice")
+    return seeds, body[count * SEED_BYTES :]
 
 
 def parse_result(
@@ -208,4 +218,4 @@ class LatticeAggregator:
 
     def seeds(self, frame: bytes | memoryview) -> tuple[bytes, ...]:
         """See `AggregatorCipher.seeds`; empty in the public-key form, which has none."""
-        return tuple(map(seed_digest, parse_upload(self.parameters, self._tag, frame)[0]))
+        return tuple(map(seed_digest, split_upload(self.parameters, self._tag, frame)[0]))

@@ -87,6 +87,7 @@ class _Snapshot(Message, frozen=True):
     h0: Digest
     member: MemberId
     begun: bool
+    violation: str
     digest: bytes
     reply: bytes
 
@@ -125,7 +126,7 @@ class HomomorphicScheme:
 
     def member(self, terms: RoundTerms, keys: MemberKeys, random: Random) -> MemberRound:  # noqa: ARG002
         """A member's machine. Encryption draws from the operating system's generator, not `random`."""
-        return HomomorphicMember(self.name, terms, keys, self._parameters(terms))
+        return self._member(terms, keys)
 
     def restore_member(
         self,
@@ -135,13 +136,25 @@ class HomomorphicScheme:
         random: Random,  # noqa: ARG002
     ) -> MemberRound:
         """A member's machine from a snapshot. Raises `Refused` (malformed)."""
-        machine = HomomorphicMember(self.name, terms, keys, self._parameters(terms))
+        machine = self._member(terms, keys)
         machine.restore(snapshot)
         return machine
 
     def aggregator(self, terms: RoundTerms, exclude: frozenset[str] = frozenset()) -> AggregatorRound:
         """The aggregator's machine. Whoever the roster names may upload, until n_max have."""
         return HomomorphicAggregator(terms, self._parameters(terms), exclude)
+
+    def _member(self, terms: RoundTerms, keys: MemberKeys) -> "HomomorphicMember":
+        parameters = self._parameters(terms)
+        if terms.roster.entry(keys.member).identity != keys.identity.public:
+            raise ParameterRefused(
+                f"the identity key given isn't the one that the roster has for {keys.member}"
+            )
+        if not keys.he_secret:
+            raise ParameterRefused(
+                f"this member holds no {self.name} key; open the owner's key envelope first"
+            )
+        return HomomorphicMember(self.name, terms, keys, parameters)
 
     def _parameters(self, terms: RoundTerms) -> CipherParameters:
         header = terms.bound.header
@@ -178,43 +191,50 @@ class HomomorphicMember:
         self._parameters = parameters
         self._cipher: MemberCipher | None = None
         self._begun = False
+        self._violation = ""
+        self._protector: _Protector | None = None
         self._digest = b""
         self._reply = b""
 
     @property
     def waiting_for(self) -> StepName | None:
         """The upload, until it is sealed."""
-        return None if self._reply or self._identity is None else "upload"
+        return None if self._reply or self._violation or self._identity is None else "upload"
 
     def answer(self, step: StepName, request: bytes) -> bytes:  # noqa: ARG002
         """Always refuses: there are no message steps."""
         raise Refused(RefusalReason.WRONG_STEP, f"{self._name} has no message step {step!r}")
 
     def begin_upload(self, request: bytes) -> FrameProtector:
-        """The protector of this upload.
+        """The protector of this upload; the same one until it is sealed.
 
-        Each frame is encrypted anew at each call, so a resumed upload starts over, or sends the bytes
-        that it had stored.
+        A restored machine starts a new one: each frame is encrypted with fresh randomness, so frames that
+        were sent before the restart must be sent again, or sealed as they were stored.
         """
         asked = decode_message(request, UploadRequest, "an upload request")
-        if self.waiting_for != "upload":
-            raise Refused(RefusalReason.WRONG_STEP, "this member's upload was sealed already, or erased")
+        self._require_answering()
+        if self._reply:
+            raise Refused(RefusalReason.WRONG_STEP, "this upload was sealed; resend the stored bytes")
         if not same(asked.h0, self._terms.bound.h0):
-            raise ServerViolation("h0", "the upload request is for another round")
-        cipher = self._opened_cipher()
+            raise self._stop("h0", "the upload request is for another round")
+        if self._protector is None:
+            self._protector = _Protector(self._opened_cipher(), self._terms)
         self._begun = True
-        return _Protector(cipher, self._terms)
+        return self._protector
 
     def seal_upload(self, digest: bytes) -> bytes:
-        """The signed reply for an upload of that digest; another digest is refused afterwards."""
-        if self._reply:
+        """The signed reply for the upload of that digest; afterwards another digest is refused."""
+        if len(digest) != 32:
+            raise Refused(RefusalReason.WRONG_SIZE, "an upload digest has 32 bytes")
+        if self._reply and not self._violation:
             if same(digest, self._digest):
                 return self._reply
-            raise Refused(RefusalReason.CONFLICT, "another upload was sealed in this round already")
-        if self._identity is None or not self._begun:
-            raise Refused(RefusalReason.WRONG_STEP, "no upload has begun")
-        if len(digest) != 32:
-            raise Refused(RefusalReason.MALFORMED, "an upload digest has 32 bytes")
+            raise Refused(RefusalReason.CONFLICT, "another upload was sealed in this round")
+        if self._identity is None or self._violation or not self._begun:
+            raise Refused(RefusalReason.WRONG_STEP, "there is no upload to seal")
+        if self._protector is not None and not self._protector.complete:
+            raise Refused(RefusalReason.WRONG_STEP, "some frames haven't been protected yet")
+        self._protector = None
         h1 = self._terms.bound.h0
         signature = self._identity.sign("he upload", h1, self._member.encode(), digest)
         self._digest = digest
@@ -227,25 +247,28 @@ class HomomorphicMember:
         Raises `ServerViolation` for a list below n_min or above n_max, out of roster order, with a
         stranger, a repetition, a bad signature, or another upload of this member than it sealed.
         """
+        self._require_answering()
         listed = decode_message(result, UploadList, "an upload list")
         header, roster, h1 = self._terms.bound.header, self._terms.roster, self._terms.bound.h0
-        if not same(listed.h1, h1):
-            raise ServerViolation("h1", "the upload list is another round's")
         members = tuple(upload.member for upload in listed.uploads)
-        if not header.n_min <= len(members) <= header.n_max:
-            raise ServerViolation(
-                "cohort", f"a sum of {len(members)} isn't within {header.n_min}..{header.n_max}"
-            )
         positions = [roster.position.get(member, -1) for member in members]
+        if not same(listed.h1, h1):
+            raise self._stop("result_round", "the upload list is another round's")
+        if not header.n_min <= len(members) <= header.n_max:
+            raise self._stop(
+                "result_cohort", f"a sum of {len(members)} isn't within {header.n_min}..{header.n_max}"
+            )
         if -1 in positions or positions != sorted(set(positions)):
-            raise ServerViolation("members", "the upload list has a stranger, a repetition or another order")
+            raise self._stop(
+                "result_members", "the upload list has a stranger, a repetition or another order"
+            )
         for upload, position in zip(listed.uploads, positions, strict=True):
             key = roster.members[position].identity
             fields = (h1, upload.member.encode(), upload.digest)
             if not same(upload.h1, h1) or not verify(key, upload.signature, "he upload", *fields):
-                raise ServerViolation("signature", f"{upload.member}'s upload isn't signed by it")
+                raise self._stop("result_signature", f"{upload.member}'s upload isn't signed by it")
             if upload.member == self._member and not same(upload.digest, self._digest):
-                raise ServerViolation("own upload", "the list has an upload that this member didn't send")
+                raise self._stop("result_own_upload", "the list has an upload that this member didn't send")
         return _Opener(self._opened_cipher(), self._terms, members)
 
     def snapshot(self) -> bytes:
@@ -257,6 +280,7 @@ class HomomorphicMember:
                 self._terms.bound.h0,
                 self._member,
                 self._begun,
+                self._violation,
                 self._digest,
                 self._reply,
             )
@@ -269,17 +293,27 @@ class HomomorphicMember:
             held.h0, self._terms.bound.h0
         ):
             raise Refused(RefusalReason.WRONG_ROUND, "the snapshot is another round's or another member's")
-        self._begun, self._digest, self._reply = held.begun, held.digest, held.reply
+        self._begun, self._violation = held.begun, held.violation
+        self._digest, self._reply = held.digest, held.reply
 
     def erase(self) -> None:
         """Forget the keys; nothing can be sealed or opened afterwards."""
         self._identity = None
         self._secret = b""
         self._cipher = None
+        self._protector = None
+
+    def _require_answering(self) -> None:
+        if self._identity is None:
+            raise Refused(RefusalReason.CLOSED, "this round was erased")
+        if self._violation:
+            raise ServerViolation(self._violation, "this round failed a check")
+
+    def _stop(self, check: str, text: str) -> ServerViolation:
+        self._violation = check
+        return ServerViolation(check, text)
 
     def _opened_cipher(self) -> MemberCipher:
-        if not self._secret:
-            raise Refused(RefusalReason.WRONG_STEP, "this round's keys were erased")
         if self._cipher is None:
             self._cipher = member_cipher(self._parameters, self._terms.he_public, self._secret)
         return self._cipher
@@ -351,7 +385,9 @@ class HomomorphicAggregator:
         return encode_message(UploadRequest(self._terms.bound.h0))
 
     def check_reply(self, member: str, reply: bytes) -> bool:
-        """What `accept` checks, changing nothing; always True: bulk must follow."""
+        """What `accept` checks, changing nothing; True when bulk must follow, False for a repeated reply."""
+        if self._replies.get(member) == reply:
+            return False
         self._require_open()
         self._require_asked(member)
         upload = decode_message(reply, SignedUpload, "an upload reply")
@@ -368,17 +404,15 @@ class HomomorphicAggregator:
             member.encode(),
             upload.digest,
         )
-        held = self._replies.get(member)
-        if held is not None and held != reply:
+        if member in self._replies:
             raise Refused(RefusalReason.CONFLICT, f"another upload of {member} was accepted already")
-        if held is None and len(self._replies) >= self._terms.bound.header.n_max:
+        if len(self._replies) >= self._terms.bound.header.n_max:
             raise Refused(RefusalReason.LIMIT, "the round is full")
         return True
 
     def accept(self, member: str, reply: bytes) -> bool:
         """Record a checked upload reply; False if the same one was there already."""
-        self.check_reply(member, reply)
-        if member in self._replies:
+        if not self.check_reply(member, reply):
             return False
         self._replies[member] = reply
         return True
@@ -402,6 +436,7 @@ class HomomorphicAggregator:
     def finish_frame(self, index: int, total: bytes | bytearray) -> bytes:
         """Frame `index` of the published sum."""
         self._require_finished()
+        _check_index(self.layout, index)
         _check_size(len(total), self.layout.sum_bytes(index), f"the running sum of frame {index}")
         return self._cipher.finish(total)
 
@@ -458,8 +493,7 @@ class HomomorphicArithmetic:
         return self._cipher.seeds(frame)
 
     def _check_frame(self, index: int, frame: bytes | memoryview) -> None:
-        if not 0 <= index < self._layout.frames:
-            raise Refused(RefusalReason.WRONG_OFFSET, f"there is no frame {index}")
+        _check_index(self._layout, index)
         _check_size(len(frame), self._layout.upload_bytes(index), f"frame {index}")
 
 
@@ -469,9 +503,15 @@ class _Protector:
         self._maximum = (1 << terms.bound.header.bits) - 1
         self.layout = _layout(cipher.parameters, terms.bound.header.fields)
         self.h1 = terms.bound.h0
+        self._pending = set(range(self.layout.frames))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every frame was protected."""
+        return not self._pending
 
     def protect(self, index: int, fields: Fields) -> bytes:
-        """Frame `index`, freshly encrypted."""
+        """Frame `index`, freshly encrypted; each frame once. Raises `Refused` the second time."""
         if not 0 <= index < self.layout.frames:
             raise EncodingError(f"frame {index}", f"there are {self.layout.frames} frames")
         start, stop = self.layout.field_range(index)
@@ -479,6 +519,10 @@ class _Protector:
             raise EncodingError(f"frame {index}", f"expected {stop - start} fields, got shape {fields.shape}")
         if fields.dtype not in (np.uint32, np.uint64) or int(fields.max()) > self._maximum:
             raise EncodingError(f"frame {index}", f"fields are unsigned integers up to {self._maximum}")
+        try:
+            self._pending.remove(index)
+        except KeyError:
+            raise Refused(RefusalReason.CONFLICT, f"frame {index} was encrypted already") from None
         return self._cipher.encrypt(fields)
 
     def __repr__(self) -> str:
@@ -527,6 +571,11 @@ def _layout(parameters: CipherParameters, fields: int) -> BulkLayout:
         result_frame=parameters.result_frame_bytes,
         result_last=parameters.result_frame_bytes,
     )
+
+
+def _check_index(layout: BulkLayout, index: int) -> None:
+    if not 0 <= index < layout.frames:
+        raise Refused(RefusalReason.WRONG_OFFSET, f"there is no frame {index}")
 
 
 def _check_size(found: int, wanted: int, what: str) -> None:

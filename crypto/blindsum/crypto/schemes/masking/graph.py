@@ -44,7 +44,7 @@ class Graph:
         if self.k == self.n - 1:
             everyone = np.broadcast_to(np.arange(self.n), (self.n, self.n))
             return everyone[~np.eye(self.n, dtype=np.bool_)].reshape(self.n, self.k)
-        rows = self._order[(self._place[:, None] + self._steps) % self.n]
+        rows: Positions = self._order[(self._place[:, None] + self._steps) % self.n]
         rows.sort(axis=1)
         return rows
 

@@ -33,11 +33,11 @@ from blindsum.crypto.schemes.masking.messages import (
     SALT_BYTES,
     SELF,
     SIGNATURE_BYTES,
-    AdvertiseRequest,
     Advertisement,
+    AdvertiseRequest,
     BoxComplaint,
-    ConfirmRequest,
     Confirmation,
+    ConfirmRequest,
     Result,
     Revealed,
     RevealRequest,
@@ -55,7 +55,9 @@ from blindsum.crypto.schemes.masking.messages import (
 )
 from blindsum.crypto.trust.documents import Digest
 
-Phase = Literal["advertise", "share", "upload", "confirm", "reveal", "done", "complained", "stopped", "erased"]
+Phase = Literal[
+    "advertise", "share", "upload", "confirm", "reveal", "done", "complained", "stopped", "erased"
+]
 """The step it answers next, or why it answers none: it revealed, complained, saw a lie, was erased."""
 
 _STEPS: tuple[StepName, ...] = ("advertise", "share", "upload", "confirm", "reveal")
@@ -233,9 +235,7 @@ class MaskingMember:
         if "reveal" not in self._replies:  # else t neighbours' signatures over the same root were checked
             root = confirm_root(cohort.h1, message.sharers, message.survivors)
             self._check_confirmations(signers.nonzero()[0], message.signatures, root, "result_signature")
-        return MaskingOpener(
-            self._terms.bound.header, cohort.h1, cohort.ids(survivors), self._keys.group_key
-        )
+        return MaskingOpener(self._terms.bound.header, cohort.h1, cohort.ids(survivors), self._keys.group_key)
 
     def snapshot(self) -> bytes:
         """Versioned bytes that hold secrets."""
@@ -354,9 +354,7 @@ class MaskingMember:
             raise Refused(RefusalReason.WRONG_ROUND, "the advertise request is of another round")
         channel, root, seed, _ = records(self._secrets, 32)
         keys = (
-            AgreementKey(channel).public
-            + mask_pair(root, self._h0).public
-            + self_commitment(self._h0, seed)
+            AgreementKey(channel).public + mask_pair(root, self._h0).public + self_commitment(self._h0, seed)
         )
         self._entry = keys + self._keys.identity.sign("masking advertise", self._h0, self._name, keys)
         return encode_message(Advertisement(self._entry))
@@ -411,9 +409,7 @@ class MaskingMember:
         indices = np.frombuffer(members, dtype="<u4")
         n = len(indices)
         if not header.n_min <= n <= header.n_max:
-            raise self._stop(
-                "cohort_size", f"a cohort of {n} is outside {header.n_min}..{header.n_max}"
-            )
+            raise self._stop("cohort_size", f"a cohort of {n} is outside {header.n_min}..{header.n_max}")
         if (indices[1:] <= indices[:-1]).any() or int(indices[-1]) >= len(self._terms.roster.members):
             raise self._stop("cohort_list", "the cohort isn't a sorted list of members of the roster")
         position = int(np.searchsorted(indices, self._index))
@@ -474,7 +470,7 @@ class MaskingMember:
         root, seed = records(self._secrets, 32)
         own = mask_pair(root, self._h0)
         added = [group_mask_key(self._keys.group_key, cohort.h1), self_mask_key(seed, cohort.h1)]
-        subtracted = []
+        subtracted: list[bytes] = []
         mask_keys = records(self._mask_keys, 32)
         for slot, neighbour in zip(np.flatnonzero(live).tolist(), neighbours, strict=True):
             low, high = min(position, neighbour), max(position, neighbour)
@@ -486,9 +482,7 @@ class MaskingMember:
         self._live = message.live
         self._received = b"".join(received)
         self._upload_request = _digest(request)
-        self._protector = MaskingProtector(
-            self._terms.bound.header, cohort.h1, MaskSet(added, subtracted)
-        )
+        self._protector = MaskingProtector(self._terms.bound.header, cohort.h1, MaskSet(added, subtracted))
         return self._protector
 
     def _complain(self, request: bytes, accused: int) -> Complaint:

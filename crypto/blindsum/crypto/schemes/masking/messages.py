@@ -132,7 +132,7 @@ Reply = Advertisement | Shares | SealedUpload | BoxComplaint | Confirmation | Re
 
 def decode_request(data: bytes, kind: type[M], what: str) -> M:
     """The request of `kind` in `data`. Raises `Refused`: malformed, or another step's."""
-    value = decode_message(data, Request, what)  # type: ignore[arg-type]
+    value: Message = decode_message(data, Request, what)  # type: ignore[arg-type]
     if not isinstance(value, kind):
         raise Refused(RefusalReason.WRONG_STEP, f"{what} is another step's message")
     return value

@@ -103,8 +103,8 @@ def ring_shares(n: int, k: int, corrupt: int, dropped: int, security: int, windo
     most_corrupt = _least_upper(n, corrupt, k, rare / n)
     least = -(-(4 * (most_corrupt + k) - 5) // 8) + 1  # ceil((t1 + k - 1.25) / 2) + 1 in integers
     if window:
-        # The server chooses who drops: no two windows of k/2 neighbours may hold t - k/2 colluders each,
-        # n^2 / 2 * Pr[Hyp(n, A, k/2) >= t - k/2]^2 <= 2^-60.
+        # The server chooses who drops: no two windows of k/2 neighbours may hold t - k/2 colluders each.
+        # With P = Pr[Hyp(n, A, k/2) >= t - k/2] that is: n^2 / 2 times P^2 is at most 2^-60.
         least = max(least, k // 2 + _least_upper(n, corrupt, k // 2, _WINDOW / n) + 1)
     return least if least <= alive else None
 

@@ -1,0 +1,1 @@
+"""The standalone server: it adds up what it cannot read, and keeps the state of rounds."""

@@ -1,0 +1,221 @@
+"""The server: two listeners, the engines, and what they stand on; start, readiness, stop."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from blindsum.aggregator.capture import CaptureInterceptor
+from blindsum.aggregator.clock import Clock, SystemClock
+from blindsum.aggregator.engine import FederationEngine
+from blindsum.aggregator.enrolment_service import EnrolmentService
+from blindsum.aggregator.ingest import Ingest
+from blindsum.aggregator.memory_allocator import keep_large_buffers
+from blindsum.aggregator.native_workers import NativeWorkers
+from blindsum.aggregator.peer_identity import PeerCheck
+from blindsum.aggregator.round_run import Surroundings
+from blindsum.aggregator.round_service import RoundService
+from blindsum.aggregator.settings import AggregatorSettings
+from blindsum.aggregator.store.file_blobs import FileBlobs
+from blindsum.aggregator.store.records import FederationRecord
+from blindsum.aggregator.store.sqlite_state import SqliteState
+from blindsum.aggregator.store.state import StorageFailed
+from blindsum.aggregator.structured_logs import logger
+from blindsum.aggregator.transport_authority import TransportAuthority
+from blindsum.aggregator.wire_handlers import strict_handler
+from blindsum.crypto.errors import BlindsumError
+from blindsum.crypto.schemes.base import Scheme
+from blindsum.crypto.schemes.registry import scheme as registered_scheme
+from blindsum.crypto.trust.roster import Roster
+from blindsum.proto.v1 import enrolment_pb2, round_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1._async import HealthServicer  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+
+_REGISTRY = "blindsum.crypto.schemes.registry:scheme"
+_THREADS = 16
+LIVE, READY = "live", "ready"
+
+
+class AggregatorServer:
+    """A standalone aggregator. `start` binds and recovers; `stop` drains and closes.
+
+    `schemes` and `scheme_factory` (the same callable as `module:attribute`, for worker processes) are
+    the registry's unless a test brings its own.
+    """
+
+    def __init__(
+        self,
+        settings: AggregatorSettings,
+        *,
+        clock: Clock | None = None,
+        schemes: Callable[[str], Scheme] = registered_scheme,
+        scheme_factory: str = _REGISTRY,
+    ) -> None:
+        self.settings = settings
+        self.engines: dict[bytes, FederationEngine] = {}
+        self.enrolment_port = 0
+        self.member_port = 0
+        self.ca_pem = b""
+        self._clock = clock or SystemClock()
+        self._schemes = schemes
+        self._scheme_factory = scheme_factory
+        self._interceptors: list[grpc.aio.ServerInterceptor] = []
+        self._servers: list[grpc.aio.Server] = []
+        self._health = HealthServicer()
+        self._log = logger(part="server")
+
+    async def start(self) -> None:
+        """Open what is stored, take up its rounds, bind both ports. Raises `BlindsumError`."""
+        settings = self.settings
+        keep_large_buffers()
+        try:
+            settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if settings.data_dir.stat().st_mode & 0o077:
+                raise StorageFailed(
+                    f"others may read {settings.data_dir}, where the transport authority's key lives; "
+                    "run chmod 700 on it"
+                )
+            self._authority = TransportAuthority(settings.data_dir / "authority")
+        except OSError as error:
+            raise StorageFailed(f"{settings.data_dir} can't be used: {error.strerror}") from error
+        self.ca_pem = self._authority.pem
+        self.store = SqliteState(settings.data_dir / "state.sqlite")
+        self.blobs = FileBlobs(settings.data_dir / "blobs")
+        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="blindsum-work")
+        self._workers = NativeWorkers(settings.native_workers, settings.native_seconds, self._scheme_factory)
+        self._around = Surroundings(
+            self.store, self.blobs, self._clock, self._executor, self._workers, settings.fold_batch
+        )
+        self._ingest = Ingest(settings, self._around)
+        for record in self.store.find(FederationRecord):
+            await self._add_federation(record)
+        if settings.capture_directory is not None:
+            self._log.warning(
+                "every message is recorded: this fills the disk", directory=str(settings.capture_directory)
+            )
+            self._interceptors.append(CaptureInterceptor(settings.capture_directory))
+        self._peer_check = PeerCheck(self.store, self, self._clock)
+        await self._listen()
+        for name in ("", READY, LIVE, "blindsum.proto.v1.RoundService", "blindsum.proto.v1.EnrolmentService"):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._log.info(
+            "ready",
+            enrolment_port=self.enrolment_port,
+            member_port=self.member_port,
+            federations=len(self.engines),
+        )
+
+    async def _add_federation(self, record: FederationRecord) -> None:
+        engine = FederationEngine(record, self.settings, self._around, self._schemes, self._ingest.end_round)
+        self.engines[record.federation] = engine
+        await engine.start()
+
+    def roster_in_force(self, federation: bytes) -> Roster | None:
+        """The federation's roster, or None."""
+        engine = self.engines.get(federation)
+        return None if engine is None else engine.documents.roster
+
+    def _published(self, engine: FederationEngine) -> None:
+        """The owner published: streams of members that are no longer in the roster end."""
+        roster = engine.documents.roster
+        for member in self._ingest.members(engine.federation):
+            if roster is None or member not in roster.position:
+                self._ingest.end_member(engine.federation, member)
+
+    async def _listen(self) -> None:
+        settings = self.settings
+        key, chain = self._authority.server_certificate(
+            settings.server_names, settings.server_certificate_days
+        )
+        anyone = grpc.ssl_server_credentials([(key, chain)])
+        members = grpc.ssl_server_credentials(
+            [(key, chain)], root_certificates=self._authority.pem, require_client_auth=True
+        )
+        enrolment = EnrolmentService(
+            settings,
+            self._around,
+            self._authority,
+            self.engines,
+            self._schemes,
+            self._add_federation,
+            self._published,
+        )
+        rounds = RoundService(
+            settings,
+            self._around,
+            self._authority,
+            self.engines,
+            self._ingest,
+            self._peer_check.require_current,
+        )
+        self.enrolment_port = await self._serve(
+            strict_handler(
+                enrolment_pb2.DESCRIPTOR.services_by_name["EnrolmentService"], enrolment, lambda _: None
+            ),
+            anyone,
+            settings.enrolment_port,
+            settings.enrolment_message_limit,
+            settings.max_enrolment_calls,
+        )
+        self.member_port = await self._serve(
+            strict_handler(round_pb2.DESCRIPTOR.services_by_name["RoundService"], rounds, self._peer_check),
+            members,
+            settings.member_port,
+            settings.message_limit,
+            settings.max_calls,
+        )
+
+    async def _serve(
+        self, handler: Any, credentials: grpc.ServerCredentials, port: int, limit: int, calls: int
+    ) -> int:
+        server = grpc.aio.server(
+            options=(
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_metadata_size", 8192),
+                ("grpc.max_concurrent_streams", 64),
+                # One process owns the port: a second server by mistake must fail, not share it.
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_time_ms", 20_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+            ),
+            interceptors=self._interceptors,
+            maximum_concurrent_rpcs=calls,
+        )
+        server.add_generic_rpc_handlers((handler,))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (
+            handler.service_name(),
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            reflection.SERVICE_NAME,
+        )
+        reflection.enable_server_reflection(names, server)
+        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+        try:
+            bound = server.add_secure_port(f"{host}:{port}", credentials)
+        except RuntimeError:
+            bound = 0
+        if not bound:
+            raise BlindsumError(
+                f"port {port} on {self.settings.host} can't be bound; is another server running there?"
+            )
+        await server.start()
+        self._servers.append(server)
+        return bound
+
+    async def stop(self, grace: float = 2.0) -> None:
+        """Say that no more work is taken, let calls finish for `grace` seconds, close everything."""
+        await self._health.enter_graceful_shutdown()
+        for engine in self.engines.values():
+            engine.end_watches()
+        self._ingest.close()
+        await asyncio.gather(*(server.stop(grace) for server in self._servers))
+        for engine in self.engines.values():
+            await engine.stop()
+        self._executor.shutdown(wait=True)
+        self._workers.close()
+        self.store.close()
+        self._log.info("stopped")

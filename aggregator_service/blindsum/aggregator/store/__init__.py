@@ -1,0 +1,1 @@
+"""State and blobs behind two small interfaces: SQLite and files now, a database and objects later."""

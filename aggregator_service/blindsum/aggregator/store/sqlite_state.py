@@ -1,0 +1,246 @@
+"""State in SQLite: WAL, synchronous=FULL, one writer thread that commits for everyone who waits.
+
+While one fsync runs, the next commits queue up and share the one after: a few hundred transactions a
+second become thousands of acknowledgements.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import queue
+import sqlite3
+import threading
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from blindsum.aggregator.store.records import TABLES, Record
+from blindsum.aggregator.store.state import (
+    Advance,
+    Append,
+    Change,
+    Delete,
+    Insert,
+    StorageFailed,
+    Taken,
+    chained,
+)
+
+R = TypeVar("R", bound=Record)
+
+SCHEMA_VERSION = 1
+_GROUP = 1024
+_BUSY_MS = 5000
+_COLUMN = {bytes: "BLOB NOT NULL", str: "TEXT NOT NULL", int: "INTEGER NOT NULL"}
+
+
+def _columns(kind: type[Record]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _table(kind: type[Record]) -> str:
+    return f'"{kind.__name__.removesuffix("Record").lower()}"'
+
+
+def _definition(kind: type[Record]) -> str:
+    hints = typing.get_type_hints(kind)
+    columns = []
+    for name in _columns(kind):
+        hint = hints[name]
+        if isinstance(hint, types.UnionType):
+            inner = next(part for part in typing.get_args(hint) if part is not type(None))
+            columns.append(f"{name} {_COLUMN[inner].removesuffix(' NOT NULL')}")
+        else:
+            columns.append(f"{name} {_COLUMN[hint]}")
+    key = ", ".join(kind.KEY)
+    return f"CREATE TABLE IF NOT EXISTS {_table(kind)} ({', '.join(columns)}, PRIMARY KEY ({key}))"
+
+
+def _where(names: typing.Iterable[str]) -> str:
+    return " AND ".join(f"{name} = ?" for name in names) or "1"
+
+
+@dataclasses.dataclass
+class _Job:
+    changes: tuple[Change, ...]
+    loop: asyncio.AbstractEventLoop
+    done: "asyncio.Future[None]"
+
+
+class SqliteState:
+    """A `StateStore` in one SQLite file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._writer = self._connect()
+            self._writer.execute("PRAGMA journal_mode=WAL")
+            self._prepare()
+            self._reader = self._connect()
+        except sqlite3.Error as error:
+            raise StorageFailed(
+                f"the state in {path.name} can't be opened: {error}; check the disk and its permissions"
+            ) from error
+        self._read_lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.groups = 0
+        """Transactions committed so far; with the acknowledgements it says how well grouping works."""
+        self._thread = threading.Thread(target=self._write, name="state-writer", daemon=True)
+        self._thread.start()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        connection.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+        connection.execute("PRAGMA synchronous=FULL")
+        return connection
+
+    def _prepare(self) -> None:
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        if version not in (0, SCHEMA_VERSION):
+            raise StorageFailed(
+                f"the state in {self._path.name} has schema {version}, this server knows {SCHEMA_VERSION}; "
+                "use the matching release"
+            )
+        self._writer.execute("BEGIN IMMEDIATE")
+        for kind in TABLES:
+            self._writer.execute(_definition(kind))
+        self._writer.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        self._writer.execute("COMMIT")
+
+    def commit(self, *changes: Change) -> "asyncio.Future[None]":
+        """Queue the changes for the next group commit."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        self._jobs.put(_Job(changes, loop, done))
+        return done
+
+    def get(self, kind: type[R], *key: bytes | str | int) -> R | None:
+        """The committed record with this key."""
+        found = self._select(kind, kind.KEY, key)
+        return found[0] if found else None
+
+    def find(self, kind: type[R], **equal: bytes | str | int) -> list[R]:
+        """Committed records whose fields equal these, in order of their key."""
+        return self._select(kind, tuple(equal), tuple(equal.values()))
+
+    def _select(
+        self, kind: type[R], names: tuple[str, ...], values: tuple[bytes | str | int, ...]
+    ) -> list[R]:
+        # Table and column names come from the record classes, values are bound.
+        sql = (
+            f"SELECT {', '.join(_columns(kind))} FROM {_table(kind)} "  # noqa: S608
+            f"WHERE {_where(names)} ORDER BY {', '.join(kind.KEY)}"
+        )
+        try:
+            with self._read_lock:
+                rows = self._reader.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise StorageFailed(f"the state can't be read: {error}; check the disk") from error
+        return [kind(*row) for row in rows]
+
+    def close(self) -> None:
+        """Finish what was submitted, then close."""
+        self._jobs.put(None)
+        self._thread.join()
+        self._writer.close()
+        with self._read_lock:
+            self._reader.close()
+
+    def _write(self) -> None:
+        stop = False
+        while not stop:
+            group: list[_Job] = []
+            job = self._jobs.get()
+            while True:
+                if job is None:
+                    stop = True
+                    break
+                group.append(job)
+                if len(group) == _GROUP:
+                    break
+                try:
+                    job = self._jobs.get_nowait()
+                except queue.Empty:
+                    break
+            if group:
+                self._commit_group(group)
+
+    def _commit_group(self, group: list[_Job]) -> None:
+        errors: list[Exception | None] = []
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            for job in group:
+                errors.append(self._apply(job.changes))
+            self._writer.execute("COMMIT")
+            self.groups += 1
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+            failed = StorageFailed(f"the state can't be written: {error}; check the disk")
+            errors = [failed] * len(group)
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[None], Exception | None]]] = {}
+        for job, outcome in zip(group, errors, strict=True):
+            by_loop.setdefault(job.loop, []).append((job.done, outcome))
+        for loop, outcomes in by_loop.items():
+            # The loop may be gone when a server is torn down in the middle of a commit.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_deliver, outcomes)
+
+    def _apply(self, changes: tuple[Change, ...]) -> Exception | None:
+        self._writer.execute("SAVEPOINT job")
+        try:
+            for change in changes:
+                self._apply_one(change)
+        except (sqlite3.IntegrityError, Taken) as error:
+            self._writer.execute("ROLLBACK TO job")
+            self._writer.execute("RELEASE job")
+            return error if isinstance(error, Taken) else Taken(f"a record is there already: {error}")
+        self._writer.execute("RELEASE job")
+        return None
+
+    def _apply_one(self, change: Change) -> None:
+        if isinstance(change, Append):
+            row = self._writer.execute(
+                "SELECT sequence, digest FROM event ORDER BY sequence DESC LIMIT 1"
+            ).fetchone()
+            sequence, previous = row or (0, b"")
+            self._store("INSERT", chained(change.event, sequence + 1, previous))
+        elif isinstance(change, Delete):
+            names = tuple(name for name, _ in change.where)
+            self._writer.execute(
+                f"DELETE FROM {_table(change.kind)} WHERE {_where(names)}",  # noqa: S608
+                tuple(value for _, value in change.where),
+            )
+        elif isinstance(change, Advance):
+            record: Any = change.record
+            kind = type(record)
+            key = tuple(getattr(record, name) for name in kind.KEY)
+            row = self._writer.execute(
+                f"SELECT version FROM {_table(kind)} WHERE {_where(kind.KEY)}",  # noqa: S608
+                key,
+            ).fetchone()
+            if row is None or row[0] != record.version - 1:
+                raise Taken(f"the {_table(kind)} has moved on since it was read")
+            self._store("INSERT OR REPLACE", record)
+        else:
+            self._store("INSERT" if isinstance(change, Insert) else "INSERT OR REPLACE", change.record)
+
+    def _store(self, verb: str, record: Record) -> None:
+        names = _columns(type(record))
+        marks = ", ".join("?" for _ in names)
+        self._writer.execute(
+            f"{verb} INTO {_table(type(record))} ({', '.join(names)}) VALUES ({marks})",
+            tuple(getattr(record, name) for name in names),
+        )
+
+
+def _deliver(outcomes: list[tuple["asyncio.Future[None]", Exception | None]]) -> None:
+    for done, error in outcomes:
+        if done.done():
+            continue
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)

@@ -1,0 +1,134 @@
+"""How a device joins: keys are made here and stay here; the owner admits, the aggregator only relays."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from blindsum.client.member_folder import MemberFolder, Pin, certificate_request, transport_key
+from blindsum.client.transport import Backoff, EnrolmentLine, Patience
+from blindsum.crypto.canonical import decode_document, encode_document
+from blindsum.crypto.errors import DocumentError, RefusalReason, Refused
+from blindsum.crypto.primitives.sealing import HpkeKey
+from blindsum.crypto.primitives.signing import SigningKey
+from blindsum.crypto.trust.documents import fingerprint
+from blindsum.crypto.trust.joining import Invitation, JoinBody, request_id, sign_request
+from blindsum.proto.v1 import enrolment_pb2
+
+
+def read_invitation(source: str | os.PathLike[str] | bytes) -> Invitation:
+    """The invitation in a file or in bytes. Raises `Refused` (malformed)."""
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    return decode_document(data, Invitation, "the invitation")
+
+
+def join(
+    invitation: Invitation | str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    organisation: str = "",
+    patience: Patience = Patience(),
+) -> str:
+    """Make this device's keys in a new folder, and ask to be admitted; the identity key's fingerprint.
+
+    Asking again with a folder that was made before (the first call lost its connection) sends the same
+    request. Raises `DocumentError` for an expired invitation, `FolderError` for a folder in use,
+    `Unreachable`, `Refused`.
+    """
+    if not isinstance(invitation, Invitation):
+        invitation = read_invitation(invitation)
+    if time.time() > invitation.valid_until:
+        raise DocumentError("this invitation has expired; ask the owner for a new one")
+    path = Path(folder)
+    if not (path / "federation.json").exists():
+        _make(invitation, path, organisation)
+    with MemberFolder(path) as opened:
+        pin = opened.pin
+        if (pin.federation, pin.member) != (invitation.federation, invitation.member):
+            raise DocumentError(f"{path} belongs to {pin.member} of {pin.name}; choose a new folder")
+        body = opened.join_body
+        signature, token_mac = sign_request(opened.identity, invitation.token, body)
+        line = EnrolmentLine(pin.enrolment_address, pin.ca, patience)
+        try:
+            line.call(
+                line.stub.Join,
+                enrolment_pb2.JoinRequest(
+                    federation=pin.federation,
+                    body=body,
+                    signature=signature,
+                    token_mac=token_mac,
+                    token_id=invitation.token_id(),
+                    csr=opened.certificate_request,
+                ),
+                what="asking to be admitted",
+            )
+        finally:
+            line.close()
+        return fingerprint(opened.identity.public)
+
+
+def _make(invitation: Invitation, path: Path, organisation: str) -> None:
+    identity, hpke, transport = SigningKey.generate(), HpkeKey.generate(), transport_key()
+    body = encode_document(
+        JoinBody(
+            federation=invitation.federation,
+            id=invitation.member,
+            organisation=organisation,
+            identity=identity.public,
+            hpke=hpke.public,
+            created=int(time.time()),
+        )
+    )
+    pin = Pin(
+        federation=invitation.federation,
+        name=invitation.federation_name,
+        owner=invitation.owner,
+        member=invitation.member,
+        organisation=organisation,
+        enrolment_address=invitation.enrolment_address,
+        member_address=invitation.member_address,
+        ca=invitation.ca,
+        request_id=request_id(body),
+    )
+    request = certificate_request(transport, invitation.member)
+    MemberFolder.create(path, pin, identity, hpke, transport, body, request).close()
+
+
+def poll(folder: str | os.PathLike[str], *, patience: Patience = Patience()) -> bool:
+    """Whether the owner has admitted this member; then its certificate is stored.
+
+    Raises `Refused` (not_a_participant) when the owner said no.
+    """
+    with MemberFolder(Path(folder)) as opened:
+        pin = opened.pin
+        line = EnrolmentLine(pin.enrolment_address, pin.ca, patience)
+        try:
+            answer = line.call(
+                line.stub.PollJoin,
+                enrolment_pb2.PollJoinRequest(federation=pin.federation, request_id=pin.request_id),
+                what="asking for admission",
+            )
+        finally:
+            line.close()
+        if answer.state == enrolment_pb2.JOIN_STATE_REFUSED:
+            raise Refused(RefusalReason.NOT_A_PARTICIPANT, f"the owner refused {pin.member}: {answer.reason}")
+        if answer.state != enrolment_pb2.JOIN_STATE_ADMITTED:
+            return False
+        opened.keep_certificate(answer.certificate)
+        return True
+
+
+def wait_for_admission(
+    folder: str | os.PathLike[str],
+    *,
+    patience: Patience = Patience(first=0.5, longest=30.0, total=None),
+    stop: threading.Event | None = None,
+    on_wait: Callable[[], None] = lambda: None,
+) -> None:
+    """Poll until the owner answers: the owner is offline most of the time, so this may take days."""
+    backoff = Backoff(patience, stop or threading.Event())
+    while not poll(folder):
+        on_wait()
+        if not backoff.wait():
+            raise Refused(RefusalReason.NOT_A_PARTICIPANT, "the owner hasn't answered yet; ask again later")

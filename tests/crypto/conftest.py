@@ -1,0 +1,1 @@
+"""Makes `federation_driver` importable by every test below this folder."""
