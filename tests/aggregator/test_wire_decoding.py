@@ -49,6 +49,16 @@ def test_nested_unknown_fields_are_malformed() -> None:
         decode_strictly(enrolment_pb2.GetStatusRequest, data)
 
 
+def call_raw(channel: grpc.Channel, name: str, data: bytes) -> None:
+    path = f"/blindsum.proto.v1.RoundService/{name}"
+    if name == "Upload":
+        channel.stream_unary(path)(iter([data]), timeout=10)
+    elif name in ("Watch", "Download"):
+        list(channel.unary_stream(path)(data, timeout=10))
+    else:
+        channel.unary_unary(path)(data, timeout=10)
+
+
 def test_random_bytes_change_nothing_and_break_nothing(stage: Stage, server: ServerHandle) -> None:
     scene = stage()
     member = scene.members[0]
@@ -60,15 +70,8 @@ def test_random_bytes_change_nothing_and_break_nothing(stage: Stage, server: Ser
         for _ in range(12):
             data = bytearray(good.SerializeToString() + stream.randbytes(4))
             data[stream.randrange(len(data))] ^= 1 << stream.randrange(8)
-            path = f"/blindsum.proto.v1.RoundService/{name}"
             with pytest.raises(grpc.RpcError) as caught:
-                if name == "Upload":
-                    member.channel.stream_unary(path)(iter([bytes(data)]), timeout=10)
-                elif name in ("Watch", "Download"):
-                    for _ in member.channel.unary_stream(path)(bytes(data), timeout=10):
-                        pass
-                else:
-                    member.channel.unary_unary(path)(bytes(data), timeout=10)
+                call_raw(member.channel, name, bytes(data))
             assert reason_of(caught.value) == "malformed"
     for other in scene.members:
         other.until_asked("advertise")

@@ -15,6 +15,7 @@ from blindsum.crypto.primitives.signing import SigningKey
 from blindsum.crypto.schemes.base import (
     AggregatorRound,
     Complaint,
+    Fields,
     FrameProtector,
     MemberKeys,
     MemberRound,
@@ -30,7 +31,7 @@ from blindsum.crypto.trust.policy import SchemeName
 from blindsum.crypto.trust.roster import Roster, RosterEntry
 from numpy.typing import NDArray
 
-Inputs = Mapping[str, NDArray[np.uint64]]
+Inputs = Mapping[str, Fields]
 
 
 def seeded(seed: str) -> Random:
@@ -150,7 +151,8 @@ def powers_of_two(federation: Federation) -> dict[str, NDArray[np.uint64]]:
 
 def plain_sum(inputs: Inputs, survivors: Collection[str]) -> NDArray[np.uint64]:
     """What an exact scheme must open to."""
-    return np.sum([inputs[name] for name in survivors], axis=0, dtype=np.uint64)
+    total: NDArray[np.uint64] = np.sum([inputs[name] for name in survivors], axis=0, dtype=np.uint64)
+    return total
 
 
 @dataclass

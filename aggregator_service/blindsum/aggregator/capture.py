@@ -21,7 +21,10 @@ RECEIVED, RETURNED = 0, 1
 
 
 class CaptureInterceptor(grpc.aio.ServerInterceptor):
-    """Writes one file a call: `<number>-<method>.capture`, its messages in order."""
+    """Writes one file a call: `<number>-<method>-<member>.capture`, its messages in order.
+
+    The member is the one of the certificate; "anyone" where none is asked for.
+    """
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -29,10 +32,12 @@ class CaptureInterceptor(grpc.aio.ServerInterceptor):
         self._numbers = itertools.count(1 + sum(1 for _ in directory.glob("*.capture")))
         self._lock = threading.Lock()
 
-    def _file(self, method: str) -> Path:
+    def _file(self, method: str, context: Any) -> Path:
         with self._lock:
             number = next(self._numbers)
-        return self._directory / f"{number:07d}-{method.rsplit('/', 1)[-1]}.capture"
+        names = context.auth_context().get("x509_subject_alternative_name", ())
+        member = names[0].decode().rpartition("/")[2] if names else "anyone"
+        return self._directory / f"{number:07d}-{method.rsplit('/', 1)[-1]}-{member}.capture"
 
     @staticmethod
     def _record(path: Path, direction: int, message: Message | bytes) -> None:
@@ -66,20 +71,20 @@ class CaptureInterceptor(grpc.aio.ServerInterceptor):
                 yield request
 
         async def unary_unary(request: Message, context: Any) -> Message:
-            path = self._file(method)
+            path = self._file(method, context)
             record(path, RECEIVED, request)
             response: Message = await handler.unary_unary(request, context)
             record(path, RETURNED, response)
             return response
 
         async def stream_unary(requests: AsyncIterator[Message], context: Any) -> Message:
-            path = self._file(method)
+            path = self._file(method, context)
             response: Message = await handler.stream_unary(received(requests, path), context)
             record(path, RETURNED, response)
             return response
 
         async def unary_stream(request: Message, context: Any) -> AsyncIterator[Message]:
-            path = self._file(method)
+            path = self._file(method, context)
             record(path, RECEIVED, request)
             async for response in handler.unary_stream(request, context):
                 record(path, RETURNED, response)

@@ -58,7 +58,7 @@ def _by_size(figures: dict[str, Any], key: str, label: str, *, per_param: bool =
     axes.set_yscale("log")
     axes.set_xlabel("parameters")
     axes.set_ylabel(label)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.22))
     return _svg(figure)
 
 

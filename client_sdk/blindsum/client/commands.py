@@ -301,9 +301,10 @@ def join_command(
     """Make this device's keys and ask to be admitted. The keys never leave the folder."""
     opened = read_invitation(invitation)
     _say(f"Federation [bold]{opened.federation_name}[/bold], owner {fingerprint(opened.owner)}")
-    mark = ask_to_join(opened, folder, organisation=organisation)
+    mark = ask_to_join(opened, folder, organisation=organisation, wait=False)
     _say(
-        f"Asked to be admitted as [bold]{opened.member}[/bold]. This device's fingerprint, for the owner to compare:"
+        f"Asked to be admitted as [bold]{opened.member}[/bold]. "
+        "This device's fingerprint, for the owner to compare:"
     )
     _say(mark)
     if wait:
@@ -470,8 +471,8 @@ def train_start(
             settings=settings,
         )
     _say(
-        f"Plan [bold]{plan.name}[/bold]: {plan.rounds} rounds of {plan.scheme}, {plan.dimension} shared values in "
-        f"{plan.tensors} tensors, {plan.cohort_min} to {plan.cohort_max} members a round."
+        f"Plan [bold]{plan.name}[/bold]: {plan.rounds} rounds of {plan.scheme}, {plan.dimension} shared "
+        f"values in {plan.tensors} tensors, {plan.cohort_min} to {plan.cohort_max} members a round."
     )
 
 
@@ -491,7 +492,7 @@ def _metric(text: str) -> tuple[str, tuple[float, float] | tuple[float, float, f
 def _first_weights(source: str) -> StateDict:
     path = Path(source)
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(path) as stored:
             return {name: stored[name] for name in stored.files}
     if path.suffix in (".pt", ".pth"):
         import torch  # noqa: PLC0415

@@ -5,9 +5,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from blindsum.client.member_folder import MemberFolder, Pin, certificate_request, transport_key
-from blindsum.client.transport import Backoff, EnrolmentLine, Patience
+from blindsum.client.progress import OnProgress, silent
+from blindsum.client.transport import DEFAULT, Backoff, EnrolmentLine, Patience
 from blindsum.crypto.canonical import decode_document, encode_document
 from blindsum.crypto.errors import DocumentError, RefusalReason, Refused
 from blindsum.crypto.primitives.sealing import HpkeKey
@@ -15,6 +17,9 @@ from blindsum.crypto.primitives.signing import SigningKey
 from blindsum.crypto.trust.documents import fingerprint
 from blindsum.crypto.trust.joining import Invitation, JoinBody, request_id, sign_request
 from blindsum.proto.v1 import enrolment_pb2
+
+FOR_DAYS: Final = Patience(first=0.5, longest=30.0, total=None)
+"""How to ask again when the owner has to answer, who is offline most of the time."""
 
 
 def read_invitation(source: str | os.PathLike[str] | bytes) -> Invitation:
@@ -28,9 +33,14 @@ def join(
     folder: str | os.PathLike[str],
     *,
     organisation: str = "",
-    patience: Patience = Patience(),
+    wait: bool = True,
+    on_progress: OnProgress = silent,
+    patience: Patience = DEFAULT,
 ) -> str:
     """Make this device's keys in a new folder, and ask to be admitted; the identity key's fingerprint.
+
+    With `wait`, returns once the owner has admitted this member, which may take days; without, call
+    `poll` or `wait_for_admission` later, or just run the member.
 
     Asking again with a folder that was made before (the first call lost its connection) sends the same
     request. Raises `DocumentError` for an expired invitation, `FolderError` for a folder in use,
@@ -65,7 +75,10 @@ def join(
             )
         finally:
             line.close()
-        return fingerprint(opened.identity.public)
+        mark = fingerprint(opened.identity.public)
+    if wait:
+        wait_for_admission(path, on_wait=lambda: on_progress("waiting", 0, 0))
+    return mark
 
 
 def _make(invitation: Invitation, path: Path, organisation: str) -> None:
@@ -95,7 +108,7 @@ def _make(invitation: Invitation, path: Path, organisation: str) -> None:
     MemberFolder.create(path, pin, identity, hpke, transport, body, request).close()
 
 
-def poll(folder: str | os.PathLike[str], *, patience: Patience = Patience()) -> bool:
+def poll(folder: str | os.PathLike[str], *, patience: Patience = DEFAULT) -> bool:
     """Whether the owner has admitted this member; then its certificate is stored.
 
     Raises `Refused` (not_a_participant) when the owner said no.
@@ -122,7 +135,7 @@ def poll(folder: str | os.PathLike[str], *, patience: Patience = Patience()) -> 
 def wait_for_admission(
     folder: str | os.PathLike[str],
     *,
-    patience: Patience = Patience(first=0.5, longest=30.0, total=None),
+    patience: Patience = FOR_DAYS,
     stop: threading.Event | None = None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> None:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 from blindsum.client.layout import (
     Framework,
@@ -45,7 +45,8 @@ from blindsum.client.private_files import write_private
 from blindsum.client.progress import OnProgress, Phase, silent
 from blindsum.client.receipts import RoundReceipt
 from blindsum.client.round_session import MESSAGE_STEPS, Contribution, RoundSession, is_too_late
-from blindsum.client.transport import EnrolmentLine, MemberLine, Patience, Stopped, Unreachable
+from blindsum.client.transport import DEFAULT, EnrolmentLine, MemberLine, Patience, Stopped, Unreachable
+from blindsum.client.witness import Witness
 from blindsum.crypto.encoding.vector import VectorPlan
 from blindsum.crypto.errors import (
     BlindsumError,
@@ -143,13 +144,12 @@ class Round:
         *,
         examples: int,
         metrics: Mapping[str, float] | None = None,
-        rounding_seed: bytes | None = None,
     ) -> RoundReceipt:
         """Send what was learnt, and wait until the members agree on the next state.
 
         `state` is the model after training; of it, the plan's shared tensors are sent (as a difference to
         `weights`), the others stay here. `examples` sets the weight, `metrics` are those that the plan
-        declares; both ride inside the sum. `rounding_seed`: 32 bytes for demos that repeat a run.
+        declares; both ride inside the sum.
 
         Raises `EncodingError` naming what can't be encoded (nothing was sent; submit again), `RoundAborted`
         when the app has to train again, `SumCheckFailed` or `OpeningFailed` when the sum is false (nothing
@@ -159,7 +159,10 @@ class Round:
             raise RoundAborted(self.number, "this round's update was submitted already; go on with rounds()")
         layout = self._state.layout
         contribution = Contribution(
-            update_of(layout, state, self._state.values), examples, dict(metrics or {}), rounding_seed
+            update_of(layout, state, self._state.values),
+            examples,
+            dict(metrics or {}),
+            self._member.rounding_seed(self._session),
         )
         plan = VectorPlan.of(self._session.plan, layout)
         # The round's own key isn't known before the upload; this one only proves that encoding works.
@@ -193,15 +196,17 @@ class Member:
         *,
         on_progress: OnProgress = silent,
         arrays: Framework | None = None,
-        patience: Patience = Patience(),
-        keep_encoded: bool = False,
+        patience: Patience = DEFAULT,
+        witness: bool = False,
+        rounding_seed: bytes | None = None,
     ) -> None:
         check_arithmetic()
         self._folder = folder
         self._on_progress = on_progress
         self._arrays = arrays
         self._patience = patience
-        self._keep_encoded = keep_encoded
+        self._witness = witness
+        self._rounding_seed = rounding_seed
         self._cond = threading.Condition()
         self._stop = threading.Event()
         self._line: MemberLine | None = None
@@ -224,14 +229,18 @@ class Member:
         *,
         on_progress: OnProgress = silent,
         arrays: Framework | None = None,
-        patience: Patience = Patience(),
-        keep_encoded: bool = False,
+        patience: Patience = DEFAULT,
+        witness: bool = False,
+        rounding_seed: bytes | None = None,
     ) -> Self:
         """Open the folder that `blindsum join` made, and lock it.
 
         `arrays` overrides the plan's kind of state dict ("torch", "numpy"). `patience` bounds the retries of
-        single calls; waiting for rounds has no bound. `keep_encoded` writes the plain encoded vector of each
-        round into `encoded/` in the folder, for audits that add them up by another way.
+        single calls; waiting for rounds has no bound.
+
+        For tests, demos and audits only: `witness` writes what was sent and what was opened, in the clear,
+        to `witness/` in the folder; `rounding_seed` (32 bytes) makes stochastic rounding repeatable. It
+        reaches nothing else: no key, mask, nonce or ciphertext.
 
         Raises `FolderInUse`, `FolderError`.
         """
@@ -240,7 +249,8 @@ class Member:
             on_progress=on_progress,
             arrays=arrays,
             patience=patience,
-            keep_encoded=keep_encoded,
+            witness=witness,
+            rounding_seed=rounding_seed,
         )
 
     def close(self) -> None:
@@ -348,8 +358,16 @@ class Member:
         stored = undress(self._folder.local(), framework) if self._local is None else self._local
         return {name: value for name, value in stored.items() if name not in shared}
 
+    def rounding_seed(self, session: RoundSession) -> bytes | None:
+        """The seed of a round's stochastic rounding where runs repeat; None: a fresh one each time."""
+        if self._rounding_seed is None:
+            return None
+        header = session.bound.header
+        place = (header.plan_name.encode(), header.state_round.to_bytes(8, "little"), self.name.encode())
+        return labelled_hash("repeatable rounding", self._rounding_seed, *place)
+
     def forgive_aborts(self) -> None:
-        """Let a member go on that stopped after repeated late aborts. Ask the owner why they happened first."""
+        """Let a member go on that stopped after late aborts. Ask the owner first why they happened."""
         self._folder.keep(late_aborts=b"")
 
     # Connection
@@ -495,7 +513,8 @@ class Member:
         handled = 0
         while not self._stop.is_set():
             with self._cond:
-                self._cond.wait_for(lambda: self._stop.is_set() or self._arrived > handled)
+                while not (self._stop.is_set() or self._arrived > handled):
+                    self._cond.wait()
                 if self._stop.is_set():
                     return
                 notice, handled = self._notice, self._arrived
@@ -666,14 +685,16 @@ class Member:
         if self._late_aborts(header) >= _ABORTS_BEFORE_STOP:
             raise RoundAborted(
                 header.round,
-                "two rounds from this state were aborted after this member had helped to open their sums; it "
-                "stops, for repeated openings give differences away. Ask the owner, then call forgive_aborts()",
+                "two rounds from this state were aborted after this member had helped to open their sums; "
+                "it stops, for repeated openings give differences away. Ask the owner; then forgive_aborts()",
             )
-        if not documents.plan.layout == state.layout.digest(documents.group_key):
+        if documents.plan.layout != state.layout.digest(documents.group_key):
             raise StateMismatch("the model's tensors aren't those of the plan; ask the owner")
         VectorPlan.of(documents.plan, state.layout)
         Strategy.of(documents.plan)
         session = RoundSession.enter(folder, line, documents, bound, self._report)
+        if self._witness:
+            session.witness = Witness(folder.path, session.number)
         with self._cond:
             self._session = session
             live = session.live
@@ -828,15 +849,10 @@ class Member:
         if live.gone or live.state != round_pb2.ROUND_STATE_OPEN or live.step != "upload":
             session.erase()
             raise self._ended(session)
-        encoded = None
-        if self._keep_encoded:
-            folder = self._folder.path / "encoded"
-            folder.mkdir(mode=0o700, exist_ok=True)
-            encoded = folder / f"round-{session.number}.u32"
         with self._cond:
             self._computing = session
         try:
-            complaint = session.protect(contribution, state.layout, state.exponents, encoded)
+            complaint = session.protect(contribution, state.layout, state.exponents)
             if complaint is not None:
                 session.complain(complaint)
                 self._wait(lambda: live.gone or live.state != round_pb2.ROUND_STATE_OPEN)
@@ -922,6 +938,8 @@ class Member:
         except (SumCheckFailed, OpeningFailed, ServerViolation, EncodingError) as error:
             self._refuse_sum(session, h1, error)
             raise
+        if session.witness is not None:
+            session.witness.write(opened.survivors, max_error)
         signed = sign_receipt(self._folder.identity, self.name, receipt).to_bytes()
         self._folder.keep_receipt(
             StoredReceipt(session.number, signed, dict(opened.metrics), opened.digest, max_error)
@@ -1058,10 +1076,7 @@ class Member:
 
 
 def _phase_of(said: round_pb2.RoundNotice) -> Phase:
-    phases: dict[str, Phase] = {
-        "advertise": "advertise", "share": "share", "upload": "upload", "confirm": "confirm", "reveal": "reveal",
-    }  # fmt: skip
-    return phases.get(said.step, "conclude")
+    return cast(Phase, said.step) if said.step else "conclude"
 
 
 def _file_digest(path: Path) -> bytes:

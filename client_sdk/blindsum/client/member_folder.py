@@ -98,7 +98,7 @@ class StoredRound:
     h1: bytes = b""
     """Set once the upload began."""
     confirmed: bool = False
-    """A reply to confirm was made (or, without that step, the sum was opened): no cached update may follow."""
+    """A reply to confirm was made (without that step: the sum was opened): no cached update may follow."""
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,14 @@ class MemberFolder:
         """The round that the member is in, if any."""
         with self._mutex:
             row = self._db.execute(
-                "SELECT number, header, roster, plan, snapshot, upload, upload_digest, h1, confirmed FROM round"
+                "SELECT number, header, roster, plan, snapshot, upload, upload_digest, h1, confirmed"
+                " FROM round"
             ).fetchone()
-        return None if row is None else StoredRound(*row[:8], bool(row[8]))
+        if row is None:
+            return None
+        record = StoredRound(*row[:8])
+        record.confirmed = bool(row[8])
+        return record
 
     def enter_round(self, record: StoredRound, h0: bytes) -> None:
         """A new round begins: its number and h0 become the counter below which nothing is answered."""
@@ -416,7 +421,7 @@ class MemberFolder:
         data = read_private(path)
         length = int.from_bytes(data[:8], "little")
         names = msgspec.json.decode(data[8 : 8 + length], type=list[str])
-        with np.load(io.BytesIO(data[8 + length :]), allow_pickle=False) as stored:
+        with np.load(io.BytesIO(data[8 + length :])) as stored:
             return {name: stored[f"arr_{index}"] for index, name in enumerate(names)}
 
     # Database

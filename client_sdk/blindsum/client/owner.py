@@ -23,7 +23,7 @@ from blindsum.client.private_files import (
     remove_private,
     write_private,
 )
-from blindsum.client.transport import CHUNK_BYTES, EnrolmentLine, Patience
+from blindsum.client.transport import CHUNK_BYTES, DEFAULT, EnrolmentLine, Patience
 from blindsum.crypto.canonical import (
     Document,
     Message,
@@ -125,7 +125,7 @@ class Owner:
     """An open owner's folder. `init` makes one, `open` opens it; `close` it, or use `with`."""
 
     def __init__(
-        self, path: Path, *, patience: Patience = Patience(), now: Callable[[], float] = time.time
+        self, path: Path, *, patience: Patience = DEFAULT, now: Callable[[], float] = time.time
     ) -> None:
         self.path = path
         self._lock = FolderLock(path)
@@ -155,7 +155,7 @@ class Owner:
         n_min: int = 3,
         n_max: int = 128,
         valid_days: int = VALID_DAYS,
-        patience: Patience = Patience(),
+        patience: Patience = DEFAULT,
         **policy: Any,
     ) -> "Owner":
         """Found a federation: keys, its document, the first policy and an empty roster, in a new folder.
@@ -201,7 +201,7 @@ class Owner:
         return owner
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], *, patience: Patience = Patience()) -> "Owner":
+    def open(cls, folder: str | os.PathLike[str], *, patience: Patience = DEFAULT) -> "Owner":
         """Open an owner's folder and lock it. Raises `FolderInUse`, `FolderError`."""
         return cls(Path(folder), patience=patience)
 
@@ -390,7 +390,7 @@ class Owner:
                     raise DocumentError(f"{name!r} can't be admitted: {problems[0]}")
                 if len(fitting) > 1:
                     raise DocumentError(
-                        f"{name!r} asked {len(fitting)} times with different keys; refuse those that aren't its own"
+                        f"{name!r} asked {len(fitting)} times with different keys; refuse it and invite again"
                     )
                 chosen.append(fitting[0])
         else:
@@ -501,7 +501,7 @@ class Owner:
     def set_policy(self, *, days: int = VALID_DAYS, **changes: Any) -> Policy:
         """Sign and publish the next policy version; a running plan is signed anew under it.
 
-        Raises `ParameterRefused` for values that make no policy, `PolicyViolation` when the plan undercuts it.
+        Raises `ParameterRefused` for values that make no policy, `PolicyViolation` if the plan undercuts it.
         """
         before = self.policy
         following = replace_document(
@@ -545,7 +545,7 @@ class Owner:
         cohort_min: int | None = None,
         cohort_wanted: int | None = None,
         cohort_max: int | None = None,
-        deadlines: Deadlines = Deadlines(),
+        deadlines: Deadlines | None = None,
         strategy: str = "fedavg",
         settings: Mapping[str, str] | None = None,
         range_exponent: int | None = None,
@@ -598,7 +598,7 @@ class Owner:
             cohort_wanted=min(cohort_wanted or max(members, lowest), highest),
             cohort_max=highest,
             encoding=encoding,
-            deadlines=deadlines,
+            deadlines=deadlines or Deadlines(),
             strategy=strategy,
             settings={FRAMEWORK_SETTING: framework_of(model), **(settings or {})},
         )

@@ -32,7 +32,7 @@ def write_private(path: Path, pieces: bytes | Iterable[bytes | memoryview]) -> N
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "wb", closefd=True) as file:
+    with os.fdopen(descriptor, "wb") as file:
         for piece in (pieces,) if isinstance(pieces, bytes) else pieces:
             file.write(piece)
         file.flush()
@@ -42,7 +42,7 @@ def write_private(path: Path, pieces: bytes | Iterable[bytes | memoryview]) -> N
 
 
 def read_private(path: Path) -> bytes:
-    """The bytes of a file that must be private. Raises `FolderError` if it's missing or others may read it."""
+    """The bytes of a file that must be private. Raises `FolderError` if missing or not private."""
     try:
         mode = path.stat().st_mode
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""A pytest fixture: `pytest_plugins = ["blindsum.client.pytest_plugin"]`, then ask for `blindsum_federation`."""
+"""The pytest fixture `blindsum_federation`: `pytest_plugins = ["blindsum.client.pytest_plugin"]`."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from blindsum.client.member_folder import StoredReceipt
 from blindsum.crypto.canonical import decode_document, decode_message
@@ -64,7 +65,7 @@ def verify_receipts(receipts: Sequence[bytes], roster: Roster) -> list[Receipt]:
         if receipt.federation != found[0].federation:
             raise DocumentError("these receipts are of two federations; verify each one's alone")
     by_transcript = {receipt.transcript(): receipt for receipt in found}
-    for earlier, later in zip(found, found[1:], strict=False):
+    for earlier, later in pairwise(found):
         parent = by_transcript.get(later.previous)
         if earlier.round == later.round and earlier != later:
             raise DocumentError(
@@ -79,6 +80,6 @@ def gaps(receipts: Sequence[Receipt]) -> list[int]:
     """Rounds whose receipt doesn't continue the one before it in the list: something lies in between."""
     return [
         later.round
-        for earlier, later in zip(receipts, receipts[1:], strict=False)
+        for earlier, later in pairwise(receipts)
         if later.previous != earlier.transcript() and later != earlier
     ]

@@ -14,11 +14,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeVar, cast
 
+import numpy as np
 from blindsum.client.member_folder import MemberFolder, StoredRound
 from blindsum.client.owner_documents import OwnerDocuments, restored_plan, restored_roster
 from blindsum.client.private_files import write_private
 from blindsum.client.progress import OnProgress, Phase
 from blindsum.client.transport import MemberLine
+from blindsum.client.witness import Witness
 from blindsum.crypto.encoding.layout import Layout, Vector
 from blindsum.crypto.encoding.vector import OpenedSum, VectorDecoder, VectorEncoder, VectorPlan
 from blindsum.crypto.errors import BlindsumError, RefusalReason, Refused, ServerViolation
@@ -113,6 +115,7 @@ class RoundSession:
         self.scheme = scheme(terms.bound.header.scheme)
         self.layout: BulkLayout = self.scheme.bulk_layout(terms)
         self.live = Live()
+        self.witness: Witness | None = None
         self._machine = machine
         self._report = report
         self._lock = threading.RLock()
@@ -240,13 +243,10 @@ class RoundSession:
         contribution: Contribution,
         layout: Layout,
         exponents: tuple[int, ...],
-        encoded: Path | None = None,
     ) -> Complaint | None:
         """Encode and protect the contribution into the spool file, and seal it. Nothing is sent yet.
 
-        With `encoded`, the plain fields are also written there (uint32, little-endian), for whoever adds
-        them up by another way. Returns the complaint that goes out in place of an upload, if a
-        neighbour's share was bad.
+        Returns the complaint that goes out in place of an upload, if a neighbour's share was bad.
         """
         with self._lock:
             stored = self.folder.reply(self.number, "upload")
@@ -266,8 +266,9 @@ class RoundSession:
                 )
                 digests: list[bytes] = []
                 write_private(self.spool, self._protected(begun, encoder, digests))
-                if encoded is not None:
-                    write_private(encoded, _plain_fields(encoder))
+                if self.witness is not None:
+                    self.witness.update = contribution.update
+                    self.witness.fields = encoder.fields(0, encoder.plan.fields)
                 self._seal(upload_digest(begun.h1, digests))
             else:
                 self.seal_stored()
@@ -357,10 +358,17 @@ class RoundSession:
             on_bytes=lambda done, total: self._report("download", done, total),
         )
         frames = self.layout.frames
+        witness = self.witness
+        if witness is not None:
+            witness.summed = np.empty(decoder.plan.fields, np.uint64)
 
         def take(numbered: tuple[int, bytes]) -> None:
             index, frame = numbered
-            decoder.absorb(self.layout.field_range(index)[0], opener.open(index, frame))
+            start, stop = self.layout.field_range(index)
+            summed = opener.open(index, frame)
+            decoder.absorb(start, summed)
+            if witness is not None and witness.summed is not None:
+                witness.summed[start:stop] = summed
 
         sizes = (self.layout.result_bytes(index) for index in range(frames))
         for done, _ in enumerate(_in_order(take, enumerate(_cut(pieces, sizes)))):
@@ -376,11 +384,6 @@ class RoundSession:
 
     def __repr__(self) -> str:
         return f"<RoundSession {self.number} of {self.keys.member}>"
-
-
-def _plain_fields(encoder: VectorEncoder) -> Iterator[bytes]:
-    for start in range(0, encoder.plan.fields, 1 << 20):
-        yield encoder.fields(start, min(start + (1 << 20), encoder.plan.fields)).astype("<u4").tobytes()
 
 
 def is_too_late(refusal: Refused) -> bool:

@@ -35,7 +35,8 @@ class Federation:
     """An owner, an aggregator and `members` members that were admitted, named member-1, member-2, ...
 
     With `model` a plan is started at once; `start` starts one later. `server_settings` are fields of the
-    aggregator's settings; everything else is as in `Owner.start_plan` and `Owner.init`.
+    aggregator's settings, `make_server` makes a server from them (a test may bring one that lies);
+    everything else is as in `Owner.start_plan` and `Owner.init`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Federation:
         plan: Mapping[str, Any] | None = None,
         policy: Mapping[str, Any] | None = None,
         server_settings: Mapping[str, Any] | None = None,
+        make_server: Callable[[Any], Any] | None = None,
         folder: Path | None = None,
     ) -> None:
         try:
@@ -60,6 +62,7 @@ class Federation:
         self._temporary = folder is None
         self.folder = Path(tempfile.mkdtemp(prefix="blindsum-")) if folder is None else folder
         self._serve = serve_in_thread
+        self._make_server = make_server
         self._settings_type = AggregatorSettings
         self._server_settings = dict(server_settings or {})
         self._ports = (0, 0)
@@ -103,7 +106,9 @@ class Federation:
                 **self._server_settings,
             }
         )
-        self.server = self._serve(settings)
+        self.server = (
+            self._serve(settings) if self._make_server is None else self._serve(settings, self._make_server)
+        )
         self._ports = (self.server.enrolment_port, self.server.member_port)
 
     def stop_server(self) -> None:
@@ -116,7 +121,7 @@ class Federation:
         """Invite, join and admit members of these names."""
         for name in names:
             invitation = self.owner.invite(name)
-            join(invitation, self.path(name), organisation=name)
+            join(invitation, self.path(name), organisation=name, wait=False)
         self.owner.admit(*names)
         for name in names:
             if not poll(self.path(name)):

@@ -58,7 +58,7 @@ class Stopped(BlindsumError):
 
 @dataclass(frozen=True)
 class Patience:
-    """How to retry: waits double from `first` to `longest` seconds, each cut at random; `total` seconds in all.
+    """How to retry: waits double from `first` to `longest` seconds, cut at random; `total` seconds in all.
 
     `total` None goes on until the caller is stopped.
     """
@@ -68,6 +68,7 @@ class Patience:
     total: float | None = 60.0
 
 
+DEFAULT: Final = Patience()
 ENDLESS: Final = Patience(total=None)
 
 
@@ -192,7 +193,7 @@ class EnrolmentLine(Line):
     """The enrolment listener: the server's certificate is checked against the pinned CA."""
 
     def __init__(
-        self, address: str, ca: str, patience: Patience = Patience(), stop: threading.Event | None = None
+        self, address: str, ca: str, patience: Patience = DEFAULT, stop: threading.Event | None = None
     ) -> None:
         credentials = grpc.ssl_channel_credentials(root_certificates=ca.encode())
         super().__init__(address, credentials, patience, stop or threading.Event())
@@ -209,7 +210,7 @@ class MemberLine(Line):
         *,
         key: bytes,
         certificate: bytes,
-        patience: Patience = Patience(),
+        patience: Patience = DEFAULT,
         stop: threading.Event | None = None,
     ) -> None:
         credentials = grpc.ssl_channel_credentials(ca.encode(), key, certificate)

@@ -225,3 +225,35 @@ def test_two_keys_share_nothing() -> None:
     left, right = generate_keys(parameters), generate_keys(parameters)
     assert left.public != right.public
     assert left.secret[32:] != right.secret[32:]
+
+
+def test_a_rotated_key_reads_old_sums_with_the_old_key_only(setting: Setting) -> None:
+    """A new key of the same set: nothing under the old one enters a sum, and old sums stay readable."""
+    rotated = make_setting(setting.parameters)
+    assert rotated.keys.key_id != setting.keys.key_id
+    fields = np.arange(9, dtype=np.uint32)
+    old, new = setting.member.encrypt(fields), rotated.member.encrypt(fields)
+    old_sum, new_sum = setting.aggregator.add(None, old), rotated.aggregator.add(None, new)
+    for aggregator, total, frame in (
+        (rotated.aggregator, new_sum, old),
+        (rotated.aggregator, old_sum, new),
+        (setting.aggregator, old_sum, new),
+    ):
+        before = bytes(total)
+        with pytest.raises(Refused, match="another key"):
+            aggregator.add(total, frame)
+        assert total == before
+    with pytest.raises(Refused, match="another key"):
+        rotated.aggregator.finish(old_sum)
+    published = setting.aggregator.finish(old_sum)
+    with pytest.raises(Refused, match="another key"):
+        rotated.member.decrypt(published, 9, 1)
+    np.testing.assert_array_equal(setting.member.decrypt(published, 9, 1), fields)
+
+
+def test_a_key_is_named_by_every_byte_of_its_public_part(setting: Setting) -> None:
+    """Another last byte of the public part is another key, whose aggregator takes nothing of ours."""
+    changed = setting.keys.public[:-1] + bytes([setting.keys.public[-1] ^ 1])
+    frame = setting.member.encrypt(np.ones(3, np.uint32))
+    with pytest.raises(Refused):
+        aggregator_cipher(setting.parameters, changed).check(frame)

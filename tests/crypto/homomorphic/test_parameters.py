@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 
 import pytest
-from blindsum.crypto.errors import ParameterRefused
+from blindsum.crypto.errors import OpeningFailed, ParameterRefused
 from blindsum.crypto.schemes.homomorphic.cipher import (
+    Ring,
     UploadForm,
     choose_parameters,
     generate_keys,
     restore_parameters,
 )
+from blindsum.crypto.schemes.homomorphic.seal_wire import SealContext
 
 COHORTS = [(16, 2), (16, 7), (16, 128), (16, 1000), (22, 16), (22, 128), (8, 7), (1, 1), (12, 100_000)]
 
@@ -106,6 +108,8 @@ def test_2048_bits_need_a_policy_that_says_so() -> None:
         "bfv-4096-60.49-t46x2-k0-seeded/1",
         "bfv-2048-60.49-t46x2-k8-seeded/1",
         "bfv-4096-60.60-t46x2-k8-seeded/1",
+        "bfv-4096-60.50-t46x2-k8-seeded/1",
+        "bfv-8192-60.49-t46x2-k8-seeded/1",
         "ckks-4096-60.49-t46x2-k8-seeded/1",
         "paillier-1024-l44x23-k256/1",
         "bfv-4096-60.49-t46x2-k8-seeded/1\n",
@@ -127,3 +131,22 @@ def test_a_key_pair_hides_its_secret() -> None:
     assert repr(keys) == f"KeyPair({keys.key_id.hex()[:16]})"
     with pytest.raises(TypeError, match="never pickled"):
         keys.__reduce__()
+
+
+@pytest.mark.parametrize("scheme", ["bfv", "ckks"])
+def test_seal_itself_refuses_a_chain_below_128_bits(scheme: str) -> None:
+    """Our choice is checked again by the library's own table when a key holder opens its key."""
+    good = choose_parameters(scheme, 16, 128).ring
+    assert good is not None
+    # The largest 60-bit and 50-bit primes that are 1 modulo 8192: one bit more than the standard's 109.
+    weak = Ring(4096, (1152921504606830593,), 1125899906826241)
+    assert sum(prime.bit_length() for prime in weak.primes) == 110
+    assert SealContext.create(good, scheme, 20).ring == good
+    with pytest.raises(OpeningFailed, match="SEAL refuses the parameter set"):
+        SealContext.create(weak, scheme, 20)
+
+
+@pytest.mark.parametrize("modulus_bits", [512, 1024, 2047, 2048])
+def test_short_paillier_moduli_are_refused(modulus_bits: int) -> None:
+    with pytest.raises(ParameterRefused):
+        choose_parameters("paillier", 16, 7, modulus_bits=modulus_bits)

@@ -6,6 +6,7 @@ from blindsum.crypto.encoding.lanes import LaneLayout
 from blindsum.crypto.errors import EncodingError, OpeningFailed, ParameterRefused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_n_max_maxima_fill_a_field_without_touching_the_next() -> None:
         np.array([], dtype=np.uint32),
     ],
 )
-def test_what_cannot_be_packed(fields: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_what_cannot_be_packed(fields: NDArray[np.uint32]) -> None:
     with pytest.raises(EncodingError):
         LaneLayout.for_cohort(16, 16).pack(fields)
 

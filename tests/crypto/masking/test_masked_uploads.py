@@ -65,7 +65,7 @@ def test_without_its_pairwise_masks_a_late_upload_still_hides() -> None:
     pair = mask_pair(root, h0)
     entries = d.aggregator._by_position  # type: ignore[attr-defined]
     added = [group_mask_key(d.federation.keys[name].group_key, h1)]
-    subtracted = []
+    subtracted: list[bytes] = []
     for other in range(cohort.n):
         if other != position:
             low, high = min(position, other), max(position, other)

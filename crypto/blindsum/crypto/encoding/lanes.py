@@ -65,25 +65,33 @@ class LaneLayout:
     def _shift(self, plane: int) -> np.uint64:
         return np.uint64(self.guard_bits + plane * self.field_bits)
 
-    def pack(self, fields: NDArray[np.uint32] | NDArray[np.uint64]) -> NDArray[np.uint64]:
+    def pack(
+        self,
+        fields: NDArray[np.uint32] | NDArray[np.uint64],
+        out: NDArray[np.uint64] | None = None,
+    ) -> NDArray[np.uint64]:
         """Fields (uint32 or uint64, one dimension) as lanes with zero guard bits.
 
-        Raises `EncodingError` for another dtype or shape, or a value above 2^bits - 1.
+        `out`, if given, has `lanes(len(fields))` lanes, is filled and returned. Raises `EncodingError` for
+        another dtype or shape, or a value above 2^bits - 1.
         """
         if fields.ndim != 1 or fields.dtype not in (np.dtype("<u4"), np.dtype("<u8")) or not len(fields):
             raise EncodingError("fields", "need a non-empty array of uint32 or uint64 with one dimension")
         if int(fields.max()) > self.maximum:
             raise EncodingError("fields", f"a value is above {self.maximum}, the largest of {self.bits} bits")
         length = self.lanes(len(fields))
-        lanes: NDArray[np.uint64] = np.empty(length, dtype="<u8")
-        np.left_shift(fields[:length], self._shift(0), out=lanes, dtype=np.uint64)
-        shifted: NDArray[np.uint64] = np.empty(length, dtype="<u8") if self.fields_per_lane > 1 else lanes
-        for plane in range(1, self.fields_per_lane):
+        lanes: NDArray[np.uint64] = np.empty(length, dtype="<u8") if out is None else out
+        # From the top plane down: shift what is there, put the next plane below it.
+        top = self.fields_per_lane - 1
+        part = fields[top * length :]
+        lanes[: len(part)] = part
+        lanes[len(part) :] = 0
+        for plane in range(top - 1, -1, -1):
+            np.left_shift(lanes, np.uint64(self.field_bits), out=lanes)
             part = fields[plane * length : (plane + 1) * length]
-            if len(part):
-                target = shifted[: len(part)]
-                np.left_shift(part, self._shift(plane), out=target, dtype=np.uint64)
-                np.bitwise_or(lanes[: len(part)], target, out=lanes[: len(part)])
+            target = lanes[: len(part)]
+            np.bitwise_or(target, part, out=target)
+        np.left_shift(lanes, np.uint64(self.guard_bits), out=lanes)
         return lanes
 
     def unpack(self, lanes: NDArray[np.uint64], count: int, members: int) -> NDArray[np.uint64]:

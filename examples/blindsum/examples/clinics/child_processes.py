@@ -30,7 +30,7 @@ class ChildFailed(RuntimeError):
 class ChildProcesses:
     """Starts children, reads their events, and ends every one of them on exit.
 
-    A child's standard error goes to `<name>.log` in `logs`. Children read commands from their standard
+    A child's standard error goes to `<name>/stderr.log` in `logs`. Children read commands from their standard
     input, and end when it is closed: so they end with the demo even if it is killed.
     """
 
@@ -41,9 +41,9 @@ class ChildProcesses:
 
     def start(self, name: str, arguments: Sequence[str]) -> None:
         """Start `python -m arguments...` as the child `name`."""
-        self._logs.mkdir(parents=True, exist_ok=True)
+        self.log(name).parent.mkdir(parents=True, exist_ok=True)
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        with (self._logs / f"{name}.log").open("a", encoding="utf-8") as log:
+        with self.log(name).open("a", encoding="utf-8") as log:
             child = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-u", "-m", *arguments],
                 stdin=subprocess.PIPE,
@@ -69,6 +69,14 @@ class ChildProcesses:
             self.events.put(Event(name, kind, values))
         self.events.put(Event(name, "exit", {"code": child.wait()}))
 
+    def log(self, name: str) -> Path:
+        """Where a child's standard error goes."""
+        return self._logs / name / "stderr.log"
+
+    def alive(self, name: str) -> bool:
+        """Whether the child still runs."""
+        return self._children[name].poll() is None
+
     def tell(self, name: str, command: str) -> None:
         """Send one line to a child. A child that has ended is left alone; its exit event says so."""
         stdin = self._children[name].stdin
@@ -79,7 +87,7 @@ class ChildProcesses:
 
     def failure(self, name: str) -> ChildFailed:
         """What to raise when a child ended: its exit code and the end of its log."""
-        log = self._logs / f"{name}.log"
+        log = self.log(name)
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:] if log.exists() else []
         tail = "\n  ".join(lines)
         code = self._children[name].poll()

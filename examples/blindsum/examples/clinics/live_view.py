@@ -68,5 +68,5 @@ class LiveView:
             head.add_row(
                 f"round {done}/{self._rounds}", ProgressBar(total=self._rounds, completed=done, width=30)
             )
-        head.add_row("received", f"{self._bytes_up() / 1e6:.1f} MB of ciphertext and signatures by the server")
+        head.add_row("received", f"{self._bytes_up() / 1e6:.1f} MB by the server, all of it sealed or signed")
         return Group(head, table)

@@ -1,4 +1,4 @@
-"""One site of the demo as a process of its own: `python -m blindsum.examples.clinics.member_process SITE ...`.
+"""One site of the demo, a process of its own: `python -m blindsum.examples.clinics.member_process SITE`.
 
 It uses only the public SDK, as an app at a clinic would. The demo tells it what to do next by JSON lines on
 standard input, and it says what happened by JSON lines on standard output; updates, counts and losses
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blindsum.client import Member, join
+from blindsum.client import Member, Patience, join, wait_for_admission
 from blindsum.examples.clinics.model import RadiographNet
 from blindsum.examples.clinics.sites import HOSPITAL, load_site, load_test
 from blindsum.examples.clinics.training import TrainingPlan, balanced_accuracy
@@ -42,7 +42,7 @@ def say(event: str, **values: Any) -> None:
 
 def rounding_seed(seed: int, site: str) -> bytes:
     """The demo's stochastic-rounding stream: it feeds nothing else, never a key or a mask."""
-    return hashlib.sha256(f"blindsum demo rounding {seed} {site}".encode()).digest()
+    return hashlib.sha256(f"blindsum demo rounding/{seed}/{site}".encode()).digest()
 
 
 class PhaseClock:
@@ -55,7 +55,7 @@ class PhaseClock:
         self._since = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
-    def __call__(self, phase: str, done: int, total: int) -> None:
+    def __call__(self, phase: str, *_: int) -> None:
         """Note the phase; tell the demo when it changes."""
         with self._lock:
             changed = phase != self._phase
@@ -90,38 +90,37 @@ class Site:
 
     def join(self, invitation: Path, federation: str) -> None:
         """Make keys on this device and wait until the owner has admitted them."""
-        join(invitation, self._folder / federation, organisation=self.name)
+        folder = self._folder / federation
+        join(invitation, folder, organisation=self.name)
+        wait_for_admission(folder, patience=Patience(first=0.2, longest=1.0, total=None))
 
     def together(self, way: Way, federation: str) -> None:
         """Train with the others through the aggregator, until the plan is finished."""
         model = start_model(way, self._seed)
         clock = PhaseClock(way.name)
-        member = Member.open(
-            self._folder / federation,
-            witness=True,
-            rounding_seed=rounding_seed(self._seed, self.name),
-            on_progress=clock,
-        )
-        with member:
-            count = 0
+        folder = self._folder / federation
+        rounding = rounding_seed(self._seed, self.name)
+        with Member.open(folder, on_progress=clock, witness=True, rounding_seed=rounding) as member:
             for rnd in member.rounds():
                 take_shared(model, way, rnd.weights())
                 log = local_round(
-                    model, self._data, way, seed=self._seed, round_number=rnd.state_round + 1, plan=self._plan
+                    model, self._data, way, seed=self._seed, round_number=rnd.index, plan=self._plan
                 )
-                receipt = rnd.submit(
-                    shared_state(model, way), examples=len(self._data.train), metrics={"loss": log.loss}
+                done = rnd.submit(
+                    shared_state(model, way),
+                    examples=len(self._data.train),
+                    metrics={"loss": log.loss},
                 )
-                count += 1
                 say(
                     "round",
                     way=way.name,
-                    number=receipt.round,
-                    count=count,
-                    survivors=receipt.survivor_count,
-                    check=receipt.sum_check,
-                    h1=receipt.h1.hex(),
-                    trust_line=receipt.trust,
+                    number=done.round,
+                    count=rnd.index,
+                    survivors=done.survivors,
+                    check=done.receipt.sum_check,
+                    h1=done.receipt.h1.hex(),
+                    max_error=done.max_error,
+                    trust=done.trust,
                     seconds=clock.take(),
                     validation=balanced_accuracy(model, self._data.validation),
                 )

@@ -35,7 +35,7 @@ class RoundOutcome:
     validation: dict[str, float]
     """Balanced accuracy on each site's validation images after the round."""
     check: str
-    header: str
+    h1: str
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Outcome:
     sites: list[SiteOutcome]
     round_outcomes: list[RoundOutcome]
     bytes_up_per_param: float
+    checkpoint_bytes_per_param: float
     dimension: int
     exact: bool
     exact_rounds: int
@@ -113,6 +114,7 @@ class Outcome:
                 for site in self.sites
             ],
             "bytes_up_per_param": round(self.bytes_up_per_param, 4),
+            "checkpoint_bytes_per_param": round(self.checkpoint_bytes_per_param, 4),
             "dimension": self.dimension,
             "exact": self.exact,
             "exact_rounds": self.exact_rounds,

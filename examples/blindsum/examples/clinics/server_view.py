@@ -1,11 +1,11 @@
-"""What the server saw: scans the capture and the server's files for what members hold.
+"""What the server saw: the capture and the server's files, searched for what members hold.
 
-Members of the demo keep a witness of each round in their own folders (`Member.open(..., witness=True)`):
-the update, the integer fields that were encoded from it, and the opened sum. The exactness check and the
-leak scan read it after the last round; a real member keeps none.
+Members of the demo keep a witness of each round in their own folders (`Member.open(..., witness=True)`): the
+update, the integer fields that were encoded from it, and the opened sum. The exactness check and the leak
+scan read them after the last round; a real member keeps none.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,60 +39,86 @@ class Witness:
     survivors: tuple[str, ...]
 
 
-def read_witness(member: str, path: Path) -> Witness:
-    """The witness in `round-<number>.npz`."""
+def read_witness(member: str, folder: Path, number: int) -> Witness | None:
+    """The witness of a round in a member's folder; None if it has none."""
+    path = folder / "witness" / f"round-{number:06d}.npz"
+    if not path.exists():
+        return None
     with np.load(path, allow_pickle=False) as data:
-        return Witness(
-            member,
-            int(data["round"]),
-            data["update"],
-            data["fields"],
-            data["summed"],
-            tuple(str(name) for name in data["survivors"]),
-        )
+        survivors = tuple(str(name) for name in data["survivors"])
+        return Witness(member, number, data["update"], data["fields"], data["summed"], survivors)
 
 
-def exact_rounds(witnesses: dict[str, Path], rounds: Iterable[int]) -> tuple[int, bool]:
-    """Rounds compared, and whether each opened sum equals the plain sum of the survivors' fields.
-
-    `witnesses` maps each member to its folder of witnesses. A round without any witness isn't compared;
-    a survivor without one makes the result False.
-    """
-    compared, exact = 0, True
-    for number in rounds:
-        found = {
-            member: read_witness(member, path)
-            for member, folder in witnesses.items()
-            if (path := folder / f"round-{number:06d}.npz").exists()
-        }
-        if not found:
-            continue
-        compared += 1
-        survivors = next(iter(found.values())).survivors
-        if not set(survivors) <= set(found):
-            exact = False
-            continue
-        total = np.zeros(len(found[survivors[0]].fields), np.uint64)
-        for member in survivors:
-            total += found[member].fields
-        for witness in found.values():
-            exact &= witness.survivors == survivors and bool(np.array_equal(witness.summed, total))
-    return compared, exact and compared > 0
+def sums_are_exact(witnesses: Sequence[Witness]) -> bool:
+    """Whether all members opened the same sum in a round, and it is the survivors' plain sum, bit for bit."""
+    if not witnesses:
+        return False
+    found = {one.member: one for one in witnesses}
+    survivors = witnesses[0].survivors
+    if not set(survivors) <= set(found):
+        return False
+    total = np.zeros(len(witnesses[0].fields), np.uint64)
+    for member in survivors:
+        total += found[member].fields
+    return all(one.survivors == survivors and np.array_equal(one.summed, total) for one in witnesses)
 
 
-def captured_uploads(capture: Path) -> Iterator[tuple[str, bytes]]:
-    """Every bulk upload in a capture, put together from its chunks: (file name, bytes)."""
-    for path in sorted(capture.glob("*-Upload.capture")):
+@dataclass(frozen=True)
+class CapturedUpload:
+    """One bulk upload, put together from its captured chunks."""
+
+    member: str
+    round: int
+    kind: int
+    data: bytes
+
+
+def captured_uploads(capture: Path) -> Iterator[CapturedUpload]:
+    """Every bulk upload in a capture."""
+    begun: dict[bytes, round_pb2.BeginUploadRequest] = {}
+    for path in sorted(capture.glob("*-BeginUpload-*.capture")):
+        messages = list(read_capture(path))
+        if len(messages) == 2:
+            answer = round_pb2.BeginUploadResponse.FromString(messages[1][1])
+            begun[answer.slot.upload_id] = round_pb2.BeginUploadRequest.FromString(messages[0][1])
+    for path in sorted(capture.glob("*-Upload-*.capture")):
         chunks: dict[int, bytes] = {}
+        upload = b""
         for direction, data in read_capture(path):
             if direction == RECEIVED:
                 request = round_pb2.UploadRequest.FromString(data)
-                chunks[request.offset] = request.data
-        yield path.name, b"".join(chunks[offset] for offset in sorted(chunks))
+                chunks[request.offset], upload = request.data, request.upload_id
+        if upload in begun:
+            member = path.stem.split("-", 2)[2]
+            asked = begun[upload]
+            payload = b"".join(chunks[offset] for offset in sorted(chunks))
+            yield CapturedUpload(member, asked.round, asked.kind, payload)
 
 
-def _needles(witnesses: Iterable[Witness], secrets: dict[str, bytes], n_max: int, bits: int) -> list[Needle]:
-    lanes = LaneLayout.for_cohort(bits, n_max)
+def received_bytes(capture: Path) -> tuple[int, int]:
+    """Serialised bytes that members sent in rounds, and those of sealed checkpoints among them."""
+    total = checkpoints = 0
+    for path in capture.glob("*.capture"):
+        if path.stem.endswith("-anyone"):
+            continue
+        total += sum(len(data) for direction, data in read_capture(path) if direction == RECEIVED)
+    for upload in captured_uploads(capture):
+        if upload.kind == round_pb2.BULK_KIND_CHECKPOINT:
+            checkpoints += len(upload.data)
+    return total, checkpoints
+
+
+def secrets_in(folders: Iterable[Path]) -> dict[str, bytes]:
+    """Every key file, invitation and training state below these folders, by its place."""
+    return {
+        f"{path.parent.parent.name}/{path.parent.name}/{path.name}": path.read_bytes()
+        for folder in folders
+        for pattern in ("*.key", "invitations/*.json", "state-*.bin")
+        for path in sorted(folder.rglob(pattern))
+    }
+
+
+def _needles(witnesses: Iterable[Witness], secrets: dict[str, bytes], lanes: LaneLayout) -> list[Needle]:
     needles: list[Needle] = []
     for witness in witnesses:
         name = f"{witness.member} round {witness.round}"
@@ -109,28 +135,32 @@ def scan_server(
     capture: Path,
     server_data: Path,
     server_logs: Path,
-    witnesses: list[Witness],
+    witnesses: Sequence[Witness],
     secrets: dict[str, bytes],
     bits: int,
     n_max: int,
-    upload_of: tuple[Witness, bytes],
+    shown: Witness,
 ) -> LeakScan:
     """Search all that the server received, returned, stored and logged for all that members hold.
 
-    `upload_of` is one witness with the captured upload of the same member and round, for the pictures and
-    the correlation. The positive control, the same search over that member's packed but unprotected
-    upload, always runs.
+    `shown` is the witness whose captured upload is correlated with its update and drawn. The positive
+    control, the same search and correlation over its packed but unprotected upload, always runs.
     """
     lanes = LaneLayout.for_cohort(bits, n_max)
     widths = [(lanes.guard_bits, lanes.field_bits, lanes.fields_per_lane)]
-    needles = _needles(witnesses, secrets, n_max, bits)
-    scanner = Scanner(needles)
+    scanner = Scanner(_needles(witnesses, secrets, lanes), windows=64)
 
-    witness, payload = upload_of
-    control = lanes.pack(witness.fields).tobytes()
+    uploads = list(captured_uploads(capture))
+    payload = next(
+        upload.data
+        for upload in uploads
+        if (upload.member, upload.round, upload.kind)
+        == (shown.member, shown.round, round_pb2.BULK_KIND_CONTRIBUTION)
+    )
+    control = lanes.pack(shown.fields).tobytes()
     control_hits = [hit.needle for hit in scanner.search("control", control)]
-    control_correlation = strongest_correlation("control", control, witness.update, widths)
-    wire = strongest_correlation("wire", payload, witness.update, widths)
+    control_correlation = strongest_correlation("control", control, shown.update, widths)
+    wire = strongest_correlation("wire", payload, shown.update, widths)
 
     hits: list[str] = []
     files = size = 0
@@ -139,16 +169,16 @@ def scan_server(
         hits += [f"{hit.needle} in {place}/{hit.place}" for hit in found]
         files += count
         size += read
-    payloads = 0
-    for name, data in captured_uploads(capture):
-        payloads += 1
-        hits += [f"{hit.needle} in upload {name}" for hit in scanner.search(name, data)]
+    for upload in uploads:
+        place = f"upload of {upload.member} in round {upload.round}"
+        hits += [f"{hit.needle} in {place}" for hit in scanner.search(place, upload.data)]
     if wire.suspicious:
         hits.append(f"correlation {wire.value:.3f} of the captured upload as {wire.decoding}")
 
     pixels = PICTURE_SIDE**2
-    shown = np.clip(witness.update[:pixels], *np.quantile(witness.update, (0.01, 0.99)))
-    words = np.frombuffer(payload, np.uint8)[: 4 * pixels].view("<u4")[:pixels]
+    low, high = np.quantile(shown.update, (0.02, 0.98))
+    update = np.clip(np.resize(shown.update, pixels), low, high)
+    words = np.resize(np.frombuffer(payload[: len(payload) // 4 * 4], "<u4"), pixels)
     return LeakScan(
         searched=scanner.names,
         places=["captured messages", "server data", "server logs"],
@@ -159,7 +189,7 @@ def scan_server(
         correlation_update=control_correlation.value,
         correlation_wire=wire.value,
         correlation_chance=float(wire.chance),
-        payloads=payloads,
-        update_picture=shown.reshape(PICTURE_SIDE, PICTURE_SIDE).astype(float).tolist(),
+        payloads=len(uploads),
+        update_picture=update.reshape(PICTURE_SIDE, PICTURE_SIDE).astype(float).tolist(),
         wire_picture=words.reshape(PICTURE_SIDE, PICTURE_SIDE).astype(float).tolist(),
     )

@@ -1,11 +1,13 @@
 """The bulk step of masking: packed lanes in frames of 32 Ki lanes (256 KiB)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 from blindsum.crypto.encoding.lanes import LaneLayout
 from blindsum.crypto.errors import EncodingError, OpeningFailed, RefusalReason, Refused
-from blindsum.crypto.primitives.mask_expansion import LANE_BYTES, MaskSet, mask_key, subtract_multiple
+from blindsum.crypto.primitives.mask_expansion import LANE_BYTES, Lanes, MaskSet, mask_key, subtract_multiple
 from blindsum.crypto.schemes.base import BulkLayout, Fields, SummedFields
 from blindsum.crypto.trust.group_key import GroupKey
 from blindsum.crypto.trust.header import Header
@@ -38,6 +40,25 @@ def group_mask_key(group_key: GroupKey, h1: bytes) -> bytes:
     return mask_key(group_key.sum_key(h1), "masking sum", h1)
 
 
+class LaneBuffers:
+    """Frames of lanes that are used again: a fresh 256 KiB array a frame costs more than its packing."""
+
+    def __init__(self) -> None:
+        self._idle: list[Lanes] = []
+
+    @contextmanager
+    def borrow(self, lanes: int) -> Iterator[Lanes]:
+        """A buffer of so many lanes, at most a frame, for one thread at a time."""
+        try:
+            buffer = self._idle.pop()
+        except IndexError:
+            buffer = np.empty(FRAME_LANES, dtype="<u8")
+        try:
+            yield buffer[:lanes]
+        finally:
+            self._idle.append(buffer)
+
+
 class MaskingProtector:
     """A member's bulk step: packs a frame and adds K, the self mask and the pairwise masks."""
 
@@ -47,6 +68,7 @@ class MaskingProtector:
         self._lanes = lane_layout(header)
         self._masks = masks
         self._pending = set(range(self.layout.frames))
+        self._buffers = LaneBuffers()
 
     @property
     def complete(self) -> bool:
@@ -64,13 +86,14 @@ class MaskingProtector:
         start, end = self.layout.field_range(index)
         if len(fields) != end - start:
             raise EncodingError("fields", f"frame {index} holds {end - start} fields, got {len(fields)}")
-        lanes = self._lanes.pack(fields)
-        try:
-            self._pending.remove(index)
-        except KeyError:
-            raise Refused(RefusalReason.CONFLICT, f"frame {index} was masked already") from None
-        self._masks.apply(lanes, index * FRAME_LANES)
-        return lanes.tobytes()
+        with self._buffers.borrow(self._lanes.lanes(end - start)) as lanes:
+            self._lanes.pack(fields, lanes)
+            try:
+                self._pending.remove(index)
+            except KeyError:
+                raise Refused(RefusalReason.CONFLICT, f"frame {index} was masked already") from None
+            self._masks.apply(lanes, index * FRAME_LANES)
+            return lanes.tobytes()
 
     def forget(self) -> None:
         """Drops the masks; no frame can be protected afterwards."""
@@ -117,12 +140,14 @@ class MaskingOpener:
         self.survivors = survivors
         self._lanes = lane_layout(header)
         self._key = group_mask_key(group_key, h1)
+        self._buffers = LaneBuffers()
 
     def open(self, index: int, frame: bytes | memoryview) -> SummedFields:
         """The summed fields of frame `index`, uint64. Raises `OpeningFailed`."""
         if not 0 <= index < self.layout.frames or len(frame) != self.layout.result_bytes(index):
             raise OpeningFailed(f"frame {index} of the sum has a wrong size; the sum was discarded")
-        lanes = np.frombuffer(frame, dtype="<u8").copy()
-        subtract_multiple(self._key, len(self.survivors), lanes, index * FRAME_LANES)
         start, end = self.layout.field_range(index)
-        return self._lanes.unpack(lanes, end - start, len(self.survivors))
+        with self._buffers.borrow(self._lanes.lanes(end - start)) as lanes:
+            lanes[:] = np.frombuffer(frame, dtype="<u8")
+            subtract_multiple(self._key, len(self.survivors), lanes, index * FRAME_LANES)
+            return self._lanes.unpack(lanes, end - start, len(self.survivors))

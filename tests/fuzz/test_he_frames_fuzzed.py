@@ -9,7 +9,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "crypto" / "homomorphic"))
 
 from blindsum.crypto.errors import Refused
-from fuzz_he_frames import CORPUS, corpus_aggregators, fresh, offer, one_input, open_sum
+from he_frame_target import CORPUS, corpus_aggregators, fresh, offer, one_input, open_sum
 from he_mutations import mutate
 from make_corpus import CIPHERS, corpus
 

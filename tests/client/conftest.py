@@ -1,0 +1,3 @@
+from blindsum.client.pytest_plugin import blindsum_federation
+
+__all__ = ["blindsum_federation"]
