@@ -1,6 +1,10 @@
 """The server as its own process, which a test may kill."""
 
+import contextlib
+import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,39 +12,40 @@ from typing import Any
 
 
 class ServerProcess:
-    """`python -m blindsum.aggregator.commands` on a data directory."""
+    """An `AggregatorServer` on a data directory, alone in a process; see `server_main`."""
 
     def __init__(self, directory: Path, **settings: Any) -> None:
-        self._directory = directory
-        self._environment = {f"BLINDSUM_{name.upper()}": str(value) for name, value in settings.items()}
-        self._process: subprocess.Popen[str] | None = None
-
-    def start(self) -> tuple[int, int, bytes]:
-        """Start it and wait until it is ready: enrolment port, member port, CA certificate."""
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "blindsum.aggregator.commands"),
-                *("--data", str(self._directory), "--any-owner", "--ready-file=-"),
-                *("--enrolment-port=0", "--member-port=0"),
-            ],
-            env={**os.environ, "BLINDSUM_LOG_LEVEL": "ERROR", **self._environment},
+        self._order = json.dumps({"directory": str(directory), "settings": settings}) + "\n"
+        self._pid = 0
+        self._parent = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("server_main.py"))],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert self._process.stdout is not None
-        enrolment_port, member_port = self._process.stdout.readline().split()
-        certificate = ""
-        while "END CERTIFICATE" not in certificate:
-            line = self._process.stdout.readline()
-            assert line, "the server ended before it was ready"
-            certificate += line
-        return int(enrolment_port), int(member_port), certificate.encode()
+
+    def start(self) -> tuple[int, int, bytes]:
+        """Start it and wait until it is ready: enrolment port, member port, CA certificate."""
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.write(self._order)
+        self._parent.stdin.flush()
+        ready = json.loads(self._parent.stdout.readline())
+        self._pid = ready["pid"]
+        return ready["ports"][0], ready["ports"][1], ready["ca"].encode()
 
     def kill(self) -> None:
-        """SIGKILL, and wait for it."""
-        if self._process is not None:
-            assert self._process.stdout is not None
-            self._process.kill()
-            self._process.wait()
-            self._process.stdout.close()
-            self._process = None
+        """SIGKILL, and wait until it is gone."""
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                handle = os.pidfd_open(self._pid)
+                os.kill(self._pid, signal.SIGKILL)
+                select.select([handle], [], [])
+                os.close(handle)
+            self._pid = 0
+
+    def close(self) -> None:
+        """Kill what runs."""
+        self.kill()
+        with self._parent:
+            self._parent.kill()

@@ -17,7 +17,7 @@ PUBLISHED = round_pb2.ROUND_STATE_PUBLISHED
 def process(tmp_path: Path) -> Iterator[ServerProcess]:
     process = ServerProcess(tmp_path / "data", presence_grace=0.1, retry_pause=0.05, fold_batch=2)
     yield process
-    process.kill()
+    process.close()
 
 
 def come_back(process: ServerProcess, scene: Scene) -> None:

@@ -2,16 +2,27 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import grpc
 import pytest
+from blindsum.aggregator.capture import RECEIVED, read_capture
 from blindsum.aggregator.embedding import ServerHandle
-from blindsum.aggregator.store.records import EventRecord
+from blindsum.aggregator.store.records import ContributionRecord, EventRecord
 from blindsum.aggregator.store.state import broken_link
 from blindsum.crypto.trust.plan import Deadlines, Encoding
 from blindsum.proto.v1 import round_pb2
 from manual_clock import ManualClock
-from scripted_federation import Applicant, Scene, ScriptedMember, Serve, Stage, reason_of, state_after
+from scripted_federation import (
+    Applicant,
+    Scene,
+    ScriptedMember,
+    Serve,
+    Stage,
+    build_scene,
+    reason_of,
+    state_after,
+)
 
 OPEN = round_pb2.ROUND_STATE_OPEN
 PUBLISHED = round_pb2.ROUND_STATE_PUBLISHED
@@ -428,8 +439,6 @@ def test_round_numbers_start_where_the_plan_says(stage: Stage) -> None:
 
 
 def test_a_slow_fold_in_batches_gives_the_same_sum(serve: Serve, clock: ManualClock) -> None:
-    from scripted_federation import build_scene  # noqa: PLC0415
-
     handle = serve(fold_batch=2)
     scene = build_scene(
         handle.enrolment_port, handle.member_port, handle.ca_pem, 5, {"cohort_wanted": 5, "dimension": 9_000}
@@ -463,3 +472,44 @@ def test_lanes_too_narrow_are_refused_with_the_plan(stage: Stage) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         scene.owner.publish_plan(scene.owner.make_plan(version=2, encoding=Encoding(bits=32)))
     assert reason_of(caught.value) == "policy"
+
+
+def test_the_capture_holds_every_message(serve: Serve, tmp_path: Path) -> None:
+    directory = tmp_path / "seen"
+    handle = serve(capture_directory=directory)
+    scene = build_scene(handle.enrolment_port, handle.member_port, handle.ca_pem, 3, {"rounds": 1})
+    for member in scene.members:
+        member.watch()
+    number = scene.run_steps()
+    bulk = scene.members[0].contribution()
+    scene.conclude(number)
+    scene.close()
+    uploads = []
+    for path in sorted(directory.glob("*-Upload-*.capture")):
+        parts = [data for direction, data in read_capture(path) if direction == RECEIVED]
+        uploads.append(b"".join(round_pb2.UploadRequest.FromString(part).data for part in parts))
+    assert bulk in uploads
+    assert list(directory.glob("*-Publish-*.capture"))
+
+
+def test_a_commit_that_fails_acknowledges_nothing_and_the_round_goes_on(
+    stage: Stage, server: ServerHandle, clock: ManualClock
+) -> None:
+    scene = stage()
+    number = all_advertise(scene)
+    first, *others = scene.members
+    first.until_asked("upload")
+    bulk = first.contribution()
+    writer = server.server.store._writer
+    writer.execute("PRAGMA query_only = ON")
+    for _ in range(2):
+        with pytest.raises(grpc.RpcError) as caught:
+            first.upload(number, bulk)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert not server.server.store.find(ContributionRecord)
+    writer.execute("PRAGMA query_only = OFF")
+    clock.advance(2)
+    for member in scene.members:
+        member.upload(number)
+    finish(scene, scene.members, number)
+    assert others[0].sum(number) == {0b111}

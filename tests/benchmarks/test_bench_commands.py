@@ -13,7 +13,7 @@ from blindsum import cli
 pytest.importorskip("tenseal", reason="he")
 pytest.importorskip("phe", reason="paillier")
 
-from blindsum.bench import flower_peer
+from blindsum.bench import flower_peer, he_baseline
 from blindsum.bench.aes_limit import measure_limit
 from blindsum.bench.aggregator_process import AggregatorProcess
 from blindsum.bench.comparison import round_seconds
@@ -70,8 +70,10 @@ def test_masking(dropped: int, capfd: pytest.CaptureFixture[str], monkeypatch: p
 
 @pytest.mark.parametrize("scheme", ["bfv", "ckks", "paillier"])
 def test_he(scheme: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(he_baseline, "PAILLIER_SAMPLE", 2)
     baseline = "--baseline" if scheme == "bfv" else "--no-baseline"
-    figures = bench(capfd, monkeypatch, "he", "--scheme", scheme, "--dim", "500", "--n-max", "7", baseline)
+    options = ["--scheme", scheme, "--dim", "500", "--n-max", "7", "--modulus", "2048", baseline]
+    figures = bench(capfd, monkeypatch, "he", *options)
     assert figures.keys() >= HE_KEYS
     assert figures["exact"] is True
     assert figures["grid_mismatches"] == 0
@@ -92,6 +94,7 @@ def test_he(scheme: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.
 def test_all(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     options = ["--sizes", "400,200", "--members", "3", "--paillier-max", "200", "--bandwidths", "1,8"]
+    options += ["--modulus", "2048"]
     figures = bench(capfd, monkeypatch, "all", *options, "--html", str(page))
     names = ["plaintext", "masking", "bfv", "ckks", "paillier"]
     assert [(one["scheme"], one["dim"]) for one in figures["results"]] == [

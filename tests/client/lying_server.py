@@ -7,6 +7,7 @@ import grpc
 import grpc.aio
 from blindsum.aggregator.server import AggregatorServer
 from blindsum.aggregator.settings import AggregatorSettings
+from blindsum.proto.v1 import round_pb2
 
 Lie = Callable[[str, str, Any], Any]
 """`lie(method, member, answer)` returns the answer that the member gets."""
@@ -15,6 +16,7 @@ Lie = Callable[[str, str, Any], Any]
 class LyingInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self) -> None:
         self.lie: Lie | None = None
+        self.documents: dict[bytes, bytes] = {}
         self.calls: list[tuple[str, str]] = []
 
     def _told(self, method: str, context: Any, answer: Any) -> Any:
@@ -39,6 +41,10 @@ class LyingInterceptor(grpc.aio.ServerInterceptor):
         }
 
         async def unary(request: Any, context: Any) -> Any:
+            if method == "GetDocument":
+                digest = round_pb2.GetDocumentRequest.FromString(request).digest
+                if digest in self.documents:
+                    return round_pb2.GetDocumentResponse(document=self.documents[digest])
             answer = await (handler.unary_unary or handler.stream_unary)(request, context)
             return self._told(method, context, answer)
 
@@ -66,6 +72,10 @@ class LyingServer:
 
     def lies(self, lie: Lie) -> None:
         self.interceptor.lie = lie
+
+    def serves(self, digest: bytes, document: bytes) -> None:
+        """Answer GetDocument for this digest with a document of the test's own."""
+        self.interceptor.documents[digest] = document
 
     def called(self, method: str, member: str) -> int:
         return self.interceptor.calls.count((method, member))

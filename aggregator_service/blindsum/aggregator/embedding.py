@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from blindsum.aggregator.server import AggregatorServer
 from blindsum.aggregator.settings import AggregatorSettings
+from blindsum.aggregator.structured_logs import configure_logs
 
-__all__ = ["AggregatorServer", "AggregatorSettings", "ServerHandle", "serve_in_thread"]
+__all__ = ["AggregatorServer", "AggregatorSettings", "ServerHandle", "configure_logs", "serve_in_thread"]
 
 _START_SECONDS = 30.0
 

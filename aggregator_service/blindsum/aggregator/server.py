@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import grpc
@@ -64,10 +65,18 @@ class AggregatorServer:
         self._interceptors: list[grpc.aio.ServerInterceptor] = []
         self._servers: list[grpc.aio.Server] = []
         self._health = HealthServicer()
+        self._opened = ExitStack()
         self._log = logger(part="server")
 
     async def start(self) -> None:
         """Open what is stored, take up its rounds, bind both ports. Raises `BlindsumError`."""
+        try:
+            await self._start()
+        except BaseException:
+            await self._close(0)
+            raise
+
+    async def _start(self) -> None:
         settings = self.settings
         keep_large_buffers()
         try:
@@ -82,9 +91,12 @@ class AggregatorServer:
             raise StorageFailed(f"{settings.data_dir} can't be used: {error.strerror}") from error
         self.ca_pem = self._authority.pem
         self.store = SqliteState(settings.data_dir / "state.sqlite")
+        self._opened.callback(self.store.close)
         self.blobs = FileBlobs(settings.data_dir / "blobs")
-        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="blindsum-work")
         self._workers = NativeWorkers(settings.native_workers, settings.native_seconds, self._scheme_factory)
+        self._opened.callback(self._workers.close)
+        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="blindsum-work")
+        self._opened.callback(self._executor.shutdown)
         self._around = Surroundings(
             self.store, self.blobs, self._clock, self._executor, self._workers, settings.fold_batch
         )
@@ -199,11 +211,12 @@ class AggregatorServer:
         except RuntimeError:
             bound = 0
         if not bound:
+            await server.stop(0)
             raise BlindsumError(
                 f"port {port} on {self.settings.host} can't be bound; is another server running there?"
             )
-        await server.start()
         self._servers.append(server)
+        await server.start()
         return bound
 
     async def stop(self, grace: float = 2.0) -> None:
@@ -212,10 +225,12 @@ class AggregatorServer:
         for engine in self.engines.values():
             engine.end_watches()
         self._ingest.close()
+        await self._close(grace)
+        self._log.info("stopped")
+
+    async def _close(self, grace: float) -> None:
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
         for engine in self.engines.values():
             await engine.stop()
-        self._executor.shutdown(wait=True)
-        self._workers.close()
-        self.store.close()
-        self._log.info("stopped")
+        # The executor first, then the workers, then the state that both write to.
+        self._opened.close()

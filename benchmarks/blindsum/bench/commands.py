@@ -49,6 +49,7 @@ NMax = Annotated[
     int | None,
     typer.Option("--n-max", help="Members that the packing must bear; by default 16, 128, 1000, ..."),
 ]
+Modulus = Annotated[int, typer.Option(help="paillier: bits of the modulus, 3072 or 2048.")]
 Runs = Annotated[int, typer.Option(min=1, help="Runs; the least time of each figure counts.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads a role; by default all cores.")]
 Json = Annotated[
@@ -130,7 +131,7 @@ def bench_he_command(
         UploadForm,
         typer.Option(help="bfv, ckks: half-size uploads by who holds the key, or public-key ones."),
     ] = UploadForm.SEEDED,
-    modulus: Annotated[int, typer.Option(help="paillier: bits of the modulus, 3072 or 2048.")] = 3072,
+    modulus: Modulus = 3072,
     dropout: Dropout = 0.0,
     baseline: Annotated[
         bool, typer.Option(help="Measure the CKKS default and textbook Paillier as well.")
@@ -175,6 +176,7 @@ def bench_all_command(
     paillier_max: Annotated[
         int, typer.Option(min=1, help="Largest model that paillier is run on; above, it is scaled up.")
     ] = 100_000,
+    modulus: Modulus = 3072,
     runs: Runs = 3,
     threads: Threads = None,
     json: Json = None,
@@ -184,7 +186,12 @@ def bench_all_command(
     from blindsum.bench.comparison import bench_all, show_all  # noqa: PLC0415
 
     work = Work(
-        scheme="masking", members=members, dimension=1, bits=bits, n_max=n_max or cohort_class(members)
+        scheme="masking",
+        members=members,
+        dimension=1,
+        bits=bits,
+        n_max=n_max or cohort_class(members),
+        modulus_bits=modulus,
     )
     with progress_bar() as progress:
         figures = bench_all(
@@ -198,7 +205,8 @@ def bench_all_command(
         )
     command = (
         f"blindsum bench all --sizes {sizes} --members {members} --bits {bits} --n-max {work.n_max} "
-        f"--bandwidths {bandwidths} --paillier-max {paillier_max} --runs {runs}"
+        f"--bandwidths {bandwidths} --paillier-max {paillier_max} --modulus {modulus} "
+        f"--runs {runs}"
     )
     figures["command"] = command
     show_all(figures, _console(json))

@@ -168,10 +168,6 @@ class MeasuredRound:
             if isinstance(protector, Complaint):
                 raise RuntimeError(f"{name} complains about {protector.accused}")
             machine.snapshot()
-        if federation.parameters is not None:
-            # A homomorphic cipher makes its tables at its first frame; they are told apart (`table_cpu_s`).
-            protector.protect(0, np.zeros(protector.layout.field_range(0)[1], np.uint32))
-        with cost.clock.running("upload"):
             encoder = VectorEncoder(
                 federation.vector,
                 (RANGE_EXPONENT,),

@@ -28,7 +28,7 @@ EVERYTHING = ("*",)
 def framework_of(state: StateDict) -> Framework:
     """Which library the values of a state dict are of. Raises `EncodingError` naming one of neither."""
     for name, value in state.items():
-        if not is_tensor(value) and not isinstance(value, np.ndarray):
+        if not is_tensor(value) and not isinstance(value, (np.ndarray, np.generic)):
             raise EncodingError(name, f"expected a torch tensor or a numpy array, not {type(value).__name__}")
     return "torch" if any(is_tensor(value) for value in state.values()) else "numpy"
 
@@ -145,11 +145,11 @@ def _array(name: str, value: Any) -> NDArray[Any]:
             tensor = tensor.float()
         array: NDArray[Any] = tensor.numpy()
         return array
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, (np.ndarray, np.generic)):
         raise EncodingError(name, f"expected a torch tensor or a numpy array, not {type(value).__name__}")
     if value.dtype.hasobject:
         raise EncodingError(name, "arrays of objects can't be shared; give numbers")
-    return value
+    return np.asarray(value)
 
 
 def _is_floating(name: str, value: Any) -> bool:

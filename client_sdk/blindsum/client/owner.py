@@ -378,6 +378,7 @@ class Owner:
         Signs the next roster and a key envelope for every member. Raises `DocumentError` for a name whose
         request is missing or has a problem.
         """
+        self._send_outbox()
         waiting = self.pending()
         if members:
             chosen = []
@@ -433,6 +434,7 @@ class Owner:
 
     def remove(self, *members: str) -> None:
         """Remove members. Group key and HE keys change, and a running plan goes on under the new ones."""
+        self._send_outbox()
         roster = self.roster
         for member in members:
             roster.entry(member)
@@ -441,6 +443,7 @@ class Owner:
 
     def rotate(self) -> None:
         """Change group key and HE keys without removing anyone."""
+        self._send_outbox()
         self._rotate(self.roster)
 
     def _rotate(self, roster: Roster) -> None:
@@ -503,6 +506,7 @@ class Owner:
 
         Raises `ParameterRefused` for values that make no policy, `PolicyViolation` if the plan undercuts it.
         """
+        self._send_outbox()
         before = self.policy
         following = replace_document(
             before, **changes, version=before.version + 1, valid_until=int(self._now()) + days * DAY
@@ -558,6 +562,7 @@ class Owner:
 
         Raises `EncodingError`, `ParameterRefused`, `PolicyViolation` naming what doesn't fit, `Refused`.
         """
+        self._send_outbox()
         policy, roster, group = self.policy, self.roster, self.group_key
         layout = layout_of(model, shared)
         server_side = Strategy.parse(strategy, dict(settings or {}))
@@ -606,7 +611,6 @@ class Owner:
         VectorPlan.of(plan, layout)
         made = self._he_key_for(plan, roster)
         signed = sign_document(self._key, plans.KIND, plan)
-        self._send_outbox()
         self._publish_state(state, group, signed)
         if made is None:
             self._publish((signed,))

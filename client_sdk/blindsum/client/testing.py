@@ -55,10 +55,14 @@ class Federation:
         folder: Path | None = None,
     ) -> None:
         try:
-            from blindsum.aggregator.embedding import serve_in_thread  # noqa: PLC0415
-            from blindsum.aggregator.settings import AggregatorSettings  # noqa: PLC0415
+            from blindsum.aggregator.embedding import (  # noqa: PLC0415
+                AggregatorSettings,
+                configure_logs,
+                serve_in_thread,
+            )
         except ModuleNotFoundError:
             raise MissingExtra("server", "a federation in one process runs the real server, and it") from None
+        configure_logs(dict(server_settings or {}).get("log_level", "ERROR"), json=False)
         self._temporary = folder is None
         self.folder = Path(tempfile.mkdtemp(prefix="blindsum-")) if folder is None else folder
         self._serve = serve_in_thread
@@ -156,15 +160,22 @@ class Federation:
         return member
 
     def run(
-        self, app: Callable[[Member], T], names: Sequence[str] | None = None, *, seconds: float = 60.0
+        self,
+        app: Callable[[Member], T],
+        names: Sequence[str] | None = None,
+        *,
+        seconds: float = 60.0,
+        **options: Any,
     ) -> dict[str, T]:
         """Run `app(member)` for each member in a thread of its own; what each returned.
+
+        `options` go to `Member.open`.
 
         Raises the first error that an app raised, and `TimeoutError` after `seconds`.
         """
         results: dict[str, T] = {}
         errors: list[BaseException] = []
-        members = [self.open(name) for name in (self.names if names is None else names)]
+        members = [self.open(name, **options) for name in (self.names if names is None else names)]
 
         def work(member: Member) -> None:
             try:

@@ -21,6 +21,7 @@ from blindsum.crypto.schemes.masking.messages import (
     Result,
     RevealRequest,
     ShareRequest,
+    Shares,
     UploadRequest,
     leaf_hash,
     u32,
@@ -203,28 +204,35 @@ def test_a_cohort_above_n_max() -> None:
 
 
 def test_two_lists_for_two_members() -> None:
-    """Fault 21: the roots differ, so what one shares the others' boxes and signatures don't accept."""
-    d = at("share", size=7)
-    full = d.aggregator
-    smaller = MASKING.aggregator(d.federation.terms, frozenset({"m0006"}))
-    for event in d.history[:-1]:
-        if event is not None and event[0] != "m0006":
-            smaller.accept(*event)
-    smaller.close()
-    split = d.machines[VICTIM].answer("share", smaller.request(VICTIM))
+    """Fault 21: the roots differ, so what one shares the others' signatures and boxes don't accept."""
+    d = RoundDriver(make_federation(MASKING, 7), {})
+    adverts = {name: d.answer(name) for name in d.aggregator.participants}
+    lists = []
+    for missing in ("m0005", "m0006"):
+        aggregator = MASKING.aggregator(d.federation.terms)
+        for name, advert in adverts.items():
+            if name != missing:
+                aggregator.accept(name, advert)
+        aggregator.close()
+        lists.append(aggregator)
+    shown_to_all, shown_to_victim = lists
+    split = d.machines[VICTIM].answer("share", shown_to_victim.request(VICTIM))
     with pytest.raises(Refused) as refusal:
-        full.accept(VICTIM, split)
-    assert refusal.value.reason in (RefusalReason.SIGNATURE, RefusalReason.WRONG_SIZE)
-    # A lying server forwards the box all the same: it doesn't open under the other list's h1.
-    d.step(absent=[VICTIM])
-    receiver = "m0000"
-    request = decode_message(full.request(receiver), UploadRequest, "the request")
-    box_to_first = decode_message(split, object, "the shares")[2][:BOX_BYTES]  # type: ignore[index]
+        shown_to_all.accept(VICTIM, split)
+    assert refusal.value.reason is RefusalReason.SIGNATURE
+    # A lying server forwards what was shared all the same: the boxes don't open under another h1.
+    for name in shown_to_all.participants:
+        if name != VICTIM:
+            shown_to_all.accept(name, d.machines[name].answer("share", shown_to_all.request(name)))
+    shown_to_all.close()
+    honest = decode_message(shown_to_all.request("m0000"), UploadRequest, "the request")
+    shares = decode_message(split, Shares, "the shares")
     forged = UploadRequest(
-        b"\x3f", request.commitments[:64] + bytes(64) + request.commitments[64:],
-        request.boxes[:BOX_BYTES] + box_to_first + request.boxes[BOX_BYTES:],
-    )  # fmt: skip
-    complaint = d.machines[receiver].begin_upload(encode_message(forged))
+        b"\x1f",
+        honest.commitments[:64] + shares.commitments[:64] + honest.commitments[64:],
+        honest.boxes[:BOX_BYTES] + shares.boxes[:BOX_BYTES] + honest.boxes[BOX_BYTES:],
+    )
+    complaint = d.machines["m0000"].begin_upload(encode_message(forged))
     assert isinstance(complaint, Complaint)
     assert complaint.accused == VICTIM
 

@@ -22,9 +22,15 @@ from blindsum.client.leak_scan import (
 from blindsum.crypto.encoding.lanes import LaneLayout
 from blindsum.examples.clinics.outcome import LeakScan
 from blindsum.proto.v1 import round_pb2
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 
 PICTURE_SIDE = 64
+
+_LATTICE_SECRET_BYTES = 1056
+_LATTICE_NONCE_BYTES = 32
+"""A bfv or ckks secret key is the nonce that its public key has too, then the ternary secret."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +115,25 @@ def received_bytes(capture: Path) -> tuple[int, int]:
 
 
 def secrets_in(folders: Iterable[Path]) -> dict[str, bytes]:
-    """Every key file, invitation and training state below these folders, by its place."""
+    """Every key, invitation and training state in files below these folders, by its place."""
     return {
-        f"{path.parent.parent.name}/{path.parent.name}/{path.name}": path.read_bytes()
+        f"{path.parent.parent.name}/{path.parent.name}/{path.name}": _secret_part(path)
         for folder in folders
         for pattern in ("*.key", "invitations/*.json", "state-*.bin")
         for path in sorted(folder.rglob(pattern))
     }
+
+
+def _secret_part(path: Path) -> bytes:
+    """What is secret in a file: not the frame that all PEM keys share, nor the nonce that names an HE key."""
+    data = path.read_bytes()
+    if path.name.startswith("he-") and len(data) == _LATTICE_SECRET_BYTES:
+        return data[_LATTICE_NONCE_BYTES:]
+    if not data.startswith(b"-----BEGIN"):
+        return data
+    key = serialization.load_pem_private_key(data, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key.private_numbers().private_value.to_bytes(32, "big")
 
 
 def _needles(witnesses: Iterable[Witness], secrets: dict[str, bytes], lanes: LaneLayout) -> list[Needle]:
@@ -144,11 +162,13 @@ def scan_server(
     """Search all that the server received, returned, stored and logged for all that members hold.
 
     `shown` is the witness whose captured upload is correlated with its update and drawn. The positive
-    control, the same search and correlation over its packed but unprotected upload, always runs.
+    control always runs: the same search over its packed but unprotected upload, its update and a key, and
+    the same correlation.
     """
     lanes = LaneLayout.for_cohort(bits, n_max)
     widths = [(lanes.guard_bits, lanes.field_bits, lanes.fields_per_lane)]
-    scanner = Scanner(_needles(witnesses, secrets, lanes), windows=64)
+    needles = _needles(witnesses, secrets, lanes)
+    scanner = Scanner(needles, windows=64)
 
     uploads = list(captured_uploads(capture))
     payload = next(
@@ -158,7 +178,9 @@ def scan_server(
         == (shown.member, shown.round, round_pb2.BULK_KIND_CONTRIBUTION)
     )
     control = lanes.pack(shown.fields).tobytes()
-    control_hits = [hit.needle for hit in scanner.search("control", control)]
+    first_key = next((needle for needle in needles if needle.name.endswith("(base64)")), None)
+    leaked = control + shown.update.tobytes() + (first_key.data if first_key else b"")
+    control_hits = [hit.needle for hit in scanner.search("control", leaked)]
     control_correlation = strongest_correlation("control", control, shown.update, widths)
     wire = strongest_correlation("wire", payload, shown.update, widths)
 
