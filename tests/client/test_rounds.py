@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from blindsum.client import FolderInUse, Member, Round
+from blindsum.client import FolderInUse, Member, Round, join
 from blindsum.client.testing import Federation, small_model
 from blindsum.crypto.errors import EncodingError, Refused, RoundAborted
 
@@ -209,8 +209,6 @@ def test_a_folder_belongs_to_one_process(blindsum_federation: Make) -> None:
 
 
 def test_a_member_that_was_not_admitted_is_told_so(blindsum_federation: Make, tmp_path: Path) -> None:
-    from blindsum.client import join
-
     federation = blindsum_federation(0)
     join(federation.owner.invite("late"), tmp_path / "late", wait=False)
     with Member.open(tmp_path / "late") as member, pytest.raises(Refused, match="hasn't admitted"):

@@ -78,7 +78,7 @@ from cryptography import x509
 
 FRAMEWORK_SETTING: Final = "client.framework"
 _ABORTS_BEFORE_STOP: Final = 2
-_SUPERSEDED_SECONDS: Final = 5.0
+_SUPERSEDED_SECONDS: Final = 3.0
 _log = logging.getLogger("blindsum.client")
 
 
@@ -578,7 +578,7 @@ class Member:
                 live.gone = True
                 live.passed = notice.state_round > session.bound.header.state_round
             self._cond.notify_all()
-        if said.number == session.number and said.participants:
+        if said.number == session.number and said.participants and said.step != "upload":
             self._report(_phase_of(said), said.replied, said.participants)
 
     def _wait_for_computing(self, notice: round_pb2.WatchResponse) -> bool:

@@ -347,7 +347,8 @@ class Owner:
         """Requests that wait for an answer, each checked: signature, invitation, token, date."""
         request = enrolment_pb2.ListJoinRequestsRequest(proof=self._proof("ListJoinRequests"))
         answer = self._line.call(self._line.stub.ListJoinRequests, request, what="listing the requests")
-        return [self._application(pending) for pending in answer.pending]
+        found = [self._application(pending) for pending in answer.pending]
+        return sorted(found, key=lambda one: (one.member, one.request_id))
 
     def _application(self, pending: enrolment_pb2.ListJoinRequestsResponse.Pending) -> Application:
         body = decode_document(pending.body, JoinBody, "a join request")
@@ -468,6 +469,7 @@ class Owner:
                 plan,
                 version=plan.version + 1,
                 rounds=plan.rounds - carried.index,
+                cohort_wanted=max(plan.cohort_min, min(plan.cohort_wanted, len(roster.members))),
                 initial_state=state.digest(group),
                 layout=state.layout.digest(group),
             )

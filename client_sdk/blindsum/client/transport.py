@@ -176,10 +176,13 @@ class Line:
                         "check the address, the network and the server"
                     ) from None
             except ValueError:
-                # How grpc says that the channel was closed meanwhile.
-                if self.stop.is_set():
-                    raise Stopped("the member was closed") from None
+                self._require_open()
                 raise
+
+    def _require_open(self) -> None:
+        """grpc raises `ValueError` for a channel that was closed meanwhile."""
+        if self.stop.is_set():
+            raise Stopped("the member was closed") from None
 
     def _gone(self, what: str) -> Unreachable:
         return Unreachable(f"{what} broke off and the aggregator at {self.address} doesn't come back")
@@ -312,7 +315,11 @@ class MemberLine(Line):
             try:
                 self.stub.Upload(self._chunks(slot, path, total, on_bytes))
                 return
+            except ValueError:
+                self._require_open()
+                raise
             except grpc.RpcError as error:
+                self._require_open()
                 refused = refusal_of(error)
                 again = (RefusalReason.LIMIT, RefusalReason.WRONG_OFFSET)
                 if refused is not None and refused.reason not in again:
@@ -365,7 +372,11 @@ class MemberLine(Line):
                     yield data
                 if offset < total:
                     raise Refused(RefusalReason.WRONG_SIZE, f"{what} ended after {offset} of {total} bytes")
+            except ValueError:
+                self._require_open()
+                raise
             except grpc.RpcError as error:
+                self._require_open()
                 refused = refusal_of(error)
                 if refused is not None:
                     raise refused from None
