@@ -23,7 +23,6 @@ import gc
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, Literal, get_args
 
@@ -439,9 +438,7 @@ class Simulation:
         step = view.machine.step
         if step is None or name not in view.machine.participants:
             return None
-        message = Message("request", name, step, view.machine.request(name))
-        self.archive.append(message)
-        return message
+        return Message("request", name, step, view.machine.request(name))
 
     def _result(self, view: View, name: str) -> Message:
         machine, arithmetic = view.machine, view.machine.arithmetic()
@@ -482,6 +479,7 @@ class Simulation:
     def _do_ask(self, a: int, _b: int, view: View) -> None:
         request = self._request(view, self._pick(a).name)
         if request is not None:
+            self.archive.append(request)
             self.network.append(request)
 
     def _do_deliver(self, a: int, _b: int, view: View) -> None:
@@ -494,6 +492,11 @@ class Simulation:
             self._accept(view, message)
         else:
             self.network += self._receive(message)
+
+    def _deliver_all(self, request: Message, view: View) -> None:
+        self.archive.append(request)
+        for reply in self._receive(request):
+            self._accept(view, reply)
 
     def _do_drop(self, a: int, _b: int, _view: View) -> None:
         if self.network:
@@ -512,8 +515,7 @@ class Simulation:
     def _do_exchange(self, a: int, _b: int, view: View) -> None:
         request = self._request(view, self._pick(a).name)
         if request is not None:
-            for reply in self._receive(request):
-                self._accept(view, reply)
+            self._deliver_all(request, view)
 
     def _do_die(self, a: int, b: int, _view: View) -> None:
         """It will die in its next answer, and come back with what is on its disk."""
@@ -544,8 +546,8 @@ class Simulation:
             if name in absent or name in view.machine.replied:
                 continue
             request = self._request(view, name)
-            for reply in self._receive(request) if request is not None else ():
-                self._accept(view, reply)
+            if request is not None:
+                self._deliver_all(request, view)
         self._close(view)
 
     def _do_close(self, _a: int, _b: int, view: View) -> None:
@@ -572,7 +574,7 @@ class Simulation:
 
     def _do_result(self, a: int, _b: int, view: View) -> None:
         if view.machine.step is None and view.machine.abort is None:
-            self.network.append(self._result(view, self._pick(a).name))
+            self._receive(self._result(view, self._pick(a).name))
 
     def _do_count_twice(self, a: int, _b: int, view: View) -> None:
         if view.uploads:
@@ -588,13 +590,33 @@ class Simulation:
         view.shifts.append((a, 1 + b % 255))
         view.honest = False
 
-    def _edit(self, index: int, edit: Callable[[Message], Message]) -> None:
-        if self.network:
-            index %= len(self.network)
-            self.network[index] = edit(self.network[index])
+    def _target(self, a: int, view: View) -> Message | None:
+        """A message that the server holds: due to a member, just sent by it, a result, or an old one."""
+        name = self._pick(a >> 2).name
+        if a % 4 == 3:
+            held = [*self.network, *self.archive[-16:]]
+            return held[(a >> 2) % len(held)] if held else None
+        if view.machine.step is None:
+            return None if view.machine.abort else self._result(view, name)
+        request = None if name in view.machine.replied else self._request(view, name)
+        if request is None or a % 2 == 0:
+            return request
+        return next(iter(self._receive(request)), None)
 
-    def _do_flip(self, a: int, b: int, _view: View) -> None:
-        """One bit of a message under way, or of its frames, is turned."""
+    def _forge(self, a: int, view: View, edit: Callable[[Message], Message]) -> None:
+        """An edited message arrives in place of the right one."""
+        message = self._target(a, view)
+        if message is None:
+            return
+        try:
+            forged = edit(message)
+        except msgspec.DecodeError:
+            return
+        self._note("forged", forged.kind, forged.member, forged.step, data=(forged.payload, *forged.frames))
+        self._deliver(forged, view)
+
+    def _do_flip(self, a: int, b: int, view: View) -> None:
+        """One bit of a message, or of its frames, is turned."""
 
         def edit(message: Message) -> Message:
             parts = [message.payload, *message.frames]
@@ -607,14 +629,15 @@ class Simulation:
             parts[which] = bytes(part)
             return Message(message.kind, message.member, message.step, parts[0], tuple(parts[1:]))
 
-        self._edit(a, edit)
+        self._forge(a, view, edit)
 
-    def _do_swap(self, a: int, b: int, _view: View) -> None:
-        """A field of a message under way is replaced by that of another message of its kind."""
+    def _do_swap(self, a: int, b: int, view: View) -> None:
+        """A field of a message is replaced by that of another message of its kind, of this round or another."""
 
         def edit(message: Message) -> Message:
             mine: list[Any] = msgspec.msgpack.decode(message.payload)
-            others = [m for m in self.archive if (m.kind, m.step) == (message.kind, message.step)]
+            seen = [*self.archive, *self.earlier]
+            others = [m for m in seen if (m.kind, m.step) == (message.kind, message.step)]
             if not others:
                 return message
             other: list[Any] = msgspec.msgpack.decode(others[b % len(others)].payload)
@@ -624,26 +647,27 @@ class Simulation:
             payload = msgspec.msgpack.encode(mine)
             return Message(message.kind, message.member, message.step, payload, message.frames)
 
-        try:
-            self._edit(a, edit)
-        except msgspec.DecodeError:
-            self._note("no message to take apart")
+        self._forge(a, view, edit)
 
-    def _do_redirect(self, a: int, b: int, _view: View) -> None:
-        """A message under way goes to another member, or is said to come from another."""
+    def _do_redirect(self, a: int, b: int, view: View) -> None:
+        """A message goes to another member, or is said to come from another."""
         name = self._pick(b).name
-        self._edit(a, lambda m: Message(m.kind, name, m.step, m.payload, m.frames))
+        self._forge(a, view, lambda m: Message(m.kind, name, m.step, m.payload, m.frames))
 
-    def _do_replay(self, a: int, b: int, _view: View) -> None:
-        """A message of any earlier time is sent to, or as from, any member."""
+    def _do_replay(self, a: int, b: int, view: View) -> None:
+        """A message of any earlier time arrives at, or as from, any member."""
         if self.archive:
             m = self.archive[a % len(self.archive)]
-            self.network.append(Message(m.kind, self._pick(b).name, m.step, m.payload, m.frames))
+            self._deliver(Message(m.kind, self._pick(b).name, m.step, m.payload, m.frames), view)
 
-    def _do_other_round(self, a: int, b: int, _view: View) -> None:
-        if self.earlier:
-            m = self.earlier[(a + 256 * b) % len(self.earlier)]
-            self.network.append(m)
+    def _do_other_round(self, a: int, b: int, view: View) -> None:
+        """A message of another round arrives where its like is waited for, if there is one."""
+        machine = view.machine
+        step = machine.step or "reveal"
+        kinds = ("result",) if machine.step is None else ("request", "reply")
+        alike = [m for m in self.earlier if m.step == step and m.kind in kinds]
+        if alike:
+            self._deliver(alike[(a + 256 * b) % len(alike)], view)
 
     def _do_false_bitmap(self, a: int, b: int, view: View) -> None:
         """A survivor set of the server's own making, from a view that is at confirm."""
@@ -656,7 +680,7 @@ class Simulation:
         if b & 128:
             sharers[at] ^= True
         request = encode_message(ConfirmRequest(to_bitmap(sharers), to_bitmap(survivors)))
-        self.network.append(Message("request", self._pick(a).name, "confirm", request))
+        self._deliver_all(Message("request", self._pick(a).name, "confirm", request), view)
 
     def _do_mixed_reveal(self, a: int, b: int, view: View) -> None:
         """A request to reveal with confirmations of whatever root the server could get."""
@@ -677,7 +701,7 @@ class Simulation:
         ids = [cohort.id(position) for position in row[signers].tolist()]
         signatures = b"".join(msgspec.msgpack.decode(found[each])[1] for each in ids)
         request = encode_message(RevealRequest(to_bitmap(signers), signatures))
-        self.network.append(Message("request", name, "reveal", request))
+        self._deliver_all(Message("request", name, "reveal", request), view)
 
     # -- operations: rogues --------------------------------------------------------------------------
 
@@ -748,8 +772,8 @@ class Simulation:
         signed = self._sign(name, "masking complaint", machine.h1, name.encode(), other)
         self._rogue_says(view, name, BoxComplaint(accused, signed))
 
-    def _do_rogue_name(self, a: int, b: int, _view: View) -> None:
-        """A reply under way is signed by a rogue instead of whoever sent it."""
+    def _do_rogue_name(self, a: int, b: int, view: View) -> None:
+        """A reply is signed by a rogue instead of whoever sent it."""
         if not self.rogues:
             return
         signer = self.rogues[b % len(self.rogues)]
@@ -772,10 +796,7 @@ class Simulation:
             payload = msgspec.msgpack.encode(fields)
             return Message(message.kind, message.member, message.step, payload, message.frames)
 
-        try:
-            self._edit(a, edit)
-        except msgspec.DecodeError:
-            self._note("no message to sign")
+        self._forge(4 * a + 1, view, edit)
 
     # -- what must hold ------------------------------------------------------------------------------
 
@@ -911,11 +932,6 @@ def held_bytes(machine: object) -> bytes:
     return b"|".join(found)
 
 
-@lru_cache(maxsize=None)
-def _error_label(kind: type[BaseException]) -> str:
-    return kind.__name__
-
-
 def _error_name(error: BlindsumError) -> str:
     detail = getattr(error, "check", "") or str(getattr(error, "reason", ""))
-    return f"{_error_label(type(error))} {detail}".strip()
+    return f"{type(error).__name__} {detail}".strip()

@@ -123,8 +123,8 @@ class ClinicsDemo:
             self._children.end("aggregator")
             view.stage("checking every sum, and searching what the server saw")
             outcome = self._outcome()
-        write_report(outcome, self._out / "report.html")
         outcome.seconds = time.monotonic() - started
+        write_report(outcome, self._out / "report.html")
         return outcome
 
     def _bytes_received(self) -> int:

@@ -36,7 +36,7 @@ class LiveView:
         """The demo begins something new."""
         self._title = title
         self._counts.clear()
-        self._console.print(Text(f"{self._elapsed()}  {title}"))
+        self._console.print(Text(f"{self._elapsed()}  {title}"), soft_wrap=True)
 
     def phase(self, site: str, phase: str) -> None:
         """A site goes on to another phase."""
@@ -50,7 +50,8 @@ class LiveView:
             self._console.print(
                 f"{self._elapsed()}  round {self._counts[site]} of {self._rounds}: "
                 f"{values['survivors']} members in the sum, sum check {values['check']}, "
-                f"{self._bytes_up() / 1e6:.1f} MB received by the server"
+                f"{self._bytes_up() / 1e6:.1f} MB received by the server",
+                soft_wrap=True,
             )
 
     def _elapsed(self) -> str:

@@ -54,12 +54,21 @@ class PhaseClock:
         self._phase = "waiting"
         self._since = time.perf_counter()
         self._seconds: dict[str, float] = {}
+        self._training = False
+
+    def train(self, training: bool) -> None:
+        """While the app trains, steps are answered beside it: that time counts as training."""
+        with self._lock:
+            self._training = training
+            self._switch("training" if training else "protect")
+        say("phase", way=self._way, phase="training" if training else "protect")
 
     def __call__(self, phase: str, *_: int) -> None:
         """Note the phase; tell the demo when it changes."""
         with self._lock:
-            changed = phase != self._phase
-            self._switch(phase)
+            changed = phase != self._phase and not self._training
+            if changed:
+                self._switch(phase)
         if changed:
             say("phase", way=self._way, phase=phase)
 
@@ -102,10 +111,12 @@ class Site:
         rounding = rounding_seed(self._seed, self.name)
         with Member.open(folder, on_progress=clock, witness=True, rounding_seed=rounding) as member:
             for rnd in member.rounds():
+                clock.train(True)
                 take_shared(model, way, rnd.weights())
                 log = local_round(
                     model, self._data, way, seed=self._seed, round_number=rnd.index, plan=self._plan
                 )
+                clock.train(False)
                 done = rnd.submit(
                     shared_state(model, way),
                     examples=len(self._data.train),

@@ -82,7 +82,7 @@ def _accuracy_over_rounds(outcome: Outcome) -> str:
             label=WAY_TITLES.get(plan, plan),
         )
     axes.set_xlabel("round")
-    axes.set_ylabel("clinic mean, validation, %")
+    axes.set_ylabel("clinic mean after local steps, validation, %")
     axes.legend()
     return _svg(figure)
 
