@@ -196,7 +196,6 @@ class Simulation:
         self._confirmations: list[Message] = []
         self._trace: list[bytes] = []
         self.members = {name: self._fresh(name, 0) for name in federation.members}
-        self.outcomes: list[tuple[str, ...]] = []
 
     # -- running -------------------------------------------------------------------------------------
 
@@ -213,19 +212,23 @@ class Simulation:
         getattr(self, f"_do_{operation.kind}")(operation.a, operation.b, view)
 
     def settle(self) -> View:
-        """Faults stop: the network empties, members come back, and the first view plays to its end."""
+        """Faults stop: every member comes back, and the first view plays to its end."""
         self._note("settle")
-        for member in self.members.values():
-            member.dies = None
         view = self.views[0]
         for _ in self.federation.scheme.steps:
-            self._do_step(0, 0, view)
+            self.finish_step(view)
         if view.machine.step is not None:
             raise BrokenInvariant(f"the round is still at {view.machine.step} after all of its steps")
         if view.machine.abort is not None and not view.machine.abort.reason:
             raise BrokenInvariant("the round was aborted without a reason")
         self.publish(view)
         return view
+
+    def finish_step(self, view: View, absent: Collection[str] = ()) -> None:
+        """Nobody dies any more: everyone but `absent` answers the open step, and it closes."""
+        for member in self.members.values():
+            member.dies = None
+        self._play(view, absent)
 
     def publish(self, view: View) -> None:
         """Give the view's result to everyone."""
@@ -632,7 +635,7 @@ class Simulation:
         self._forge(a, view, edit)
 
     def _do_swap(self, a: int, b: int, view: View) -> None:
-        """A field of a message is replaced by that of another message of its kind, of this round or another."""
+        """A field of a message is replaced by that of another message of its kind, from any round."""
 
         def edit(message: Message) -> Message:
             mine: list[Any] = msgspec.msgpack.decode(message.payload)

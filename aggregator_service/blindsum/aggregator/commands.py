@@ -1,6 +1,7 @@
 """The operator's command: `blindsum serve`."""
 
 import asyncio
+import os
 import signal
 import sys
 from pathlib import Path
@@ -15,12 +16,20 @@ from blindsum.crypto.errors import BlindsumError
 app = typer.Typer(help="Run the aggregator, the server that adds up ciphertext.", no_args_is_help=False)
 
 
-async def _run(settings: AggregatorSettings, ready_file: Path | None) -> None:
+async def _run(settings: AggregatorSettings, ready_file: Path | None, while_stdin: bool) -> None:
     server = AggregatorServer(settings)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
+    if while_stdin:
+
+        def read() -> None:
+            if not os.read(sys.stdin.fileno(), 4096):
+                loop.remove_reader(sys.stdin.fileno())
+                stopping.set()
+
+        loop.add_reader(sys.stdin.fileno(), read)
     await server.start()
     if ready_file is not None:
         text = f"{server.enrolment_port} {server.member_port}\n{server.ca_pem.decode()}"
@@ -68,6 +77,9 @@ def serve(
             help="Written once ready: both ports, then the CA certificate for invitations; - is stdout."
         ),
     ] = None,
+    while_stdin: Annotated[
+        bool, typer.Option("--while-stdin", help="Stop when standard input closes: for supervisors.")
+    ] = False,
 ) -> None:
     """Run the aggregator until it gets SIGINT or SIGTERM.
 
@@ -86,7 +98,7 @@ def serve(
     }
     settings = load_settings(config, **{key: value for key, value in overrides.items() if value is not None})
     configure_logs(settings.log_level, settings.log_json)
-    asyncio.run(_run(settings, ready_file))
+    asyncio.run(_run(settings, ready_file, while_stdin))
 
 
 def main() -> None:

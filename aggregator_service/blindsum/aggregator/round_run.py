@@ -83,6 +83,7 @@ class RoundRun:
         self._sequence = 0
         self._replies: dict[tuple[str, str], AcceptedReply] = {}
         self._commits: set[asyncio.Future[None]] = set()
+        self._seeds_committing: set[bytes] = set()
         self._closing = False
         self._last_close_ms = record.opened_ms
         self._settled = asyncio.Event()
@@ -241,16 +242,19 @@ class RoundRun:
         self._require_open(member, "upload")
         self._require_room(member)
         he_key = self.terms.bound.header.he_key
-        seen = [SeedRecord(self.federation, he_key, seed) for seed in seeds]
-        for row in seen:
-            if self._around.store.get(SeedRecord, row.federation, row.he_key, row.seed) is not None:
-                raise Refused(
-                    RefusalReason.REPLAY,
-                    f"{member} encrypted with randomness that was used before under this key; "
-                    "is it a cloned machine?",
-                )
+        rows = [SeedRecord(self.federation, he_key, seed) for seed in seeds]
+        if (
+            len(set(seeds)) != len(rows)
+            or not self._seeds_committing.isdisjoint(seeds)
+            or any(self._around.store.get(SeedRecord, self.federation, he_key, seed) for seed in seeds)
+        ):
+            raise Refused(
+                RefusalReason.REPLAY,
+                f"{member} encrypted with randomness that was used before under this key; "
+                "is it a cloned machine?",
+            )
         record = ContributionRecord(self.federation, self.number, member, digest, frames)
-        await self._accept(member, "upload", reply, record, seen)
+        await self._accept(member, "upload", reply, record, rows)
         return False
 
     async def _accept(
@@ -272,6 +276,9 @@ class RoundRun:
         commit = self._around.store.commit(*changes)
         self._replies[step, member] = AcceptedReply(hashlib.sha256(reply).digest(), commit)
         self._commits.add(commit)
+        committing = {row.seed for row in seeds}
+        self._seeds_committing |= committing
+        commit.add_done_callback(lambda _: self._seeds_committing.difference_update(committing))
         commit.add_done_callback(lambda done: self._committed(done, member, contribution))
         await asyncio.shield(commit)
 

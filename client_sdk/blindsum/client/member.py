@@ -18,7 +18,6 @@ app to train on fresh batches. `with rnd:` ends the block at that point without 
 aborts from the same state the member stops and says so.
 """
 
-import hashlib
 import logging
 import os
 import threading
@@ -29,6 +28,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
+from blindsum.client.frame_workers import end_idle_workers
+from blindsum.client.held_state import HeldState
 from blindsum.client.layout import (
     Framework,
     StateDict,
@@ -41,7 +42,6 @@ from blindsum.client.layout import (
 )
 from blindsum.client.member_folder import MemberFolder, StateMark, StoredReceipt, certificate_request
 from blindsum.client.owner_documents import OwnerDocuments, RosterMovedOn
-from blindsum.client.private_files import write_private
 from blindsum.client.progress import OnProgress, Phase, silent
 from blindsum.client.receipts import RoundReceipt
 from blindsum.client.round_session import MESSAGE_STEPS, Contribution, RoundSession, is_too_late
@@ -60,8 +60,8 @@ from blindsum.crypto.errors import (
     StateMismatch,
     SumCheckFailed,
 )
-from blindsum.crypto.primitives.derivation import labelled_hash, same
-from blindsum.crypto.trust.acceptance import StateClaim, accept_state, sign_state
+from blindsum.crypto.primitives.derivation import labelled_hash
+from blindsum.crypto.trust.acceptance import sign_state
 from blindsum.crypto.trust.header import BoundHeader, Header
 from blindsum.crypto.trust.plan import Plan
 from blindsum.crypto.trust.receipt import make_receipt, sign_receipt
@@ -70,21 +70,16 @@ from blindsum.crypto.trust.strategy import Strategy
 from blindsum.crypto.trust.training_state import (
     TrainingState,
     check_arithmetic,
-    open_checkpoint,
-    seal_checkpoint,
 )
 from blindsum.proto.v1 import enrolment_pb2, round_pb2
 from cryptography import x509
 
 FRAMEWORK_SETTING: Final = "client.framework"
 _ABORTS_BEFORE_STOP: Final = 2
+_RENEWAL_LIFE: Final = 1 / 3
+_RENEWAL_LOOK_SECONDS: Final = 3600.0
 _SUPERSEDED_SECONDS: Final = 3.0
 _log = logging.getLogger("blindsum.client")
-
-
-def chain_of(plan: Plan) -> bytes:
-    """Names the chain of training states that a plan goes on with: its name and its S_0."""
-    return labelled_hash("state chain", plan.name.encode(), plan.initial_state)
 
 
 class Round:
@@ -219,7 +214,7 @@ class Member:
         self._offered = 0
         self._failure: BaseException | None = None
         self._finished = False
-        self._state: TrainingState | None = None
+        self._held: HeldState | None = None
         self._local: dict[str, Any] | None = None
 
     @classmethod
@@ -257,6 +252,7 @@ class Member:
         """Stop taking part and unlock the folder. A round in progress can be gone on with after `open`."""
         self._disconnect()
         self._folder.close()
+        end_idle_workers()
 
     def __enter__(self) -> Self:
         return self
@@ -317,8 +313,8 @@ class Member:
                     continue
                 with self._cond:
                     self._offered = session.number
-                state = self._current_state()
-                if not same(self._state_digest(session), session.bound.header.state):
+                state = self._held_state().current()
+                if not self._held_state().is_at(session.plan, session.bound.header.state):
                     continue
                 self._report("training", 0, 0)
                 yield Round(self, session, state, again=self._aborts_at(session) > 0)
@@ -340,8 +336,8 @@ class Member:
             assert documents is not None
             if not documents.follow(notice) or documents.plan is None or not notice.state:
                 raise Refused(RefusalReason.WRONG_STEP, "the federation has no training plan yet")
-            self._ensure_state(notice.state_round, notice.state)
-            state = self._current_state()
+            self._held_state().ensure(notice.state_round, notice.state)
+            state = self._held_state().current()
             return dress(state.layout, state.tensors(), self.framework_for(documents.plan))
         finally:
             if not connected:
@@ -379,16 +375,10 @@ class Member:
             return
         self._stop = threading.Event()
         self._ensure_certificate()
-        pin, folder = self._folder.pin, self._folder
-        self._line = MemberLine(
-            pin.member_address,
-            pin.ca,
-            key=folder.transport_key,
-            certificate=folder.certificate,
-            patience=self._patience,
-            stop=self._stop,
-        )
+        folder = self._folder
+        self._line = self._new_line()
         self._documents = OwnerDocuments(folder, self._line)
+        self._held = HeldState(folder, self._line, self._documents, self._report)
         self._failure, self._finished, self._offered = None, False, 0
         self._notice, self._arrived = None, 0
         self._session = self._computing = None
@@ -397,6 +387,8 @@ class Member:
         record = folder.round()
         if record is not None:
             session = RoundSession.resume(folder, self._line, self._documents, record, self._report)
+            if self._witness:
+                session.witness = Witness(folder.path, session.number)
             if session.sealed or session.seal_stored():
                 self._computing = session
             self._session = session
@@ -405,6 +397,17 @@ class Member:
             thread = threading.Thread(target=target, name=f"blindsum-{name}-{self.name}", daemon=True)
             self._threads.append(thread)
             thread.start()
+
+    def _new_line(self) -> MemberLine:
+        pin, folder = self._folder.pin, self._folder
+        return MemberLine(
+            pin.member_address,
+            pin.ca,
+            key=folder.transport_key,
+            certificate=folder.certificate,
+            patience=self._patience,
+            stop=self._stop,
+        )
 
     def _disconnect(self) -> None:
         self._stop.set()
@@ -424,15 +427,12 @@ class Member:
         """Renew the transport certificate when less than a third of its life is left, or it is missing."""
         folder, pin = self._folder, self._folder.pin
         chain = folder.certificate
-        if chain:
-            certificate = x509.load_pem_x509_certificate(chain)
-            start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-            now = datetime.now(UTC)
-            if now < end - (end - start) / 3:
-                return
-            if now < end:
-                self._renew_certificate()
-                return
+        life = _certificate_life(chain) if chain else 0.0
+        if life >= _RENEWAL_LIFE:
+            return
+        if life > 0:
+            self._renew_certificate()
+            return
         line = EnrolmentLine(pin.enrolment_address, pin.ca, self._patience, self._stop)
         try:
             answer = line.call(
@@ -451,16 +451,16 @@ class Member:
             )
         folder.keep_certificate(answer.certificate)
 
+    def _keep_certificate_fresh(self) -> None:
+        """Renew the certificate of a member that has been waiting for weeks."""
+        line, chain = self._line, self._folder.certificate
+        if line is not None and _certificate_life(chain) < _RENEWAL_LIFE:
+            self._renew_certificate()
+            line.use_certificate(self._folder.transport_key, self._folder.certificate)
+
     def _renew_certificate(self) -> None:
         folder, pin = self._folder, self._folder.pin
-        line = MemberLine(
-            pin.member_address,
-            pin.ca,
-            key=folder.transport_key,
-            certificate=folder.certificate,
-            patience=self._patience,
-            stop=self._stop,
-        )
+        line = self._new_line()
         try:
             request = certificate_request(folder.transport_key, pin.member)
             answer = line.call(
@@ -475,6 +475,11 @@ class Member:
             _log.warning("the certificate couldn't be renewed yet: %s", error)
         finally:
             line.close()
+
+    def _held_state(self) -> HeldState:
+        if self._held is None:
+            raise Stopped("the member isn't connected; iterate rounds()")
+        return self._held
 
     def _report(self, phase: Phase, done: int, total: int) -> None:
         try:
@@ -513,12 +518,15 @@ class Member:
         handled = 0
         while not self._stop.is_set():
             with self._cond:
-                while not (self._stop.is_set() or self._arrived > handled):
-                    self._cond.wait()
+                if not (self._stop.is_set() or self._arrived > handled):
+                    self._cond.wait(_RENEWAL_LOOK_SECONDS)
                 if self._stop.is_set():
                     return
-                notice, handled = self._notice, self._arrived
-            assert notice is not None
+                notice, new = self._notice, self._arrived > handled
+                handled = self._arrived
+            if notice is None or not new:
+                self._keep_certificate_fresh()
+                continue
             try:
                 self._act_on(notice)
             except RosterMovedOn as error:
@@ -591,37 +599,11 @@ class Member:
             return not self._stop.is_set()
 
     def _settle(self, notice: round_pb2.WatchResponse) -> None:
-        """Adopt or drop the state that this member computed, by what the federation agreed on."""
-        documents, pending = self._documents, self._folder.state_mark("pending")
-        if pending is None:
-            return
-        assert documents is not None
-        assert documents.plan is not None
-        said = notice.round
-        if (
-            notice.state_round == pending.index
-            and same(notice.state, pending.digest)
-            and chain_of(documents.plan) == pending.chain
-        ):
-            self._adopt()
-            return
-        concluded = said.number == pending.round and said.state == round_pb2.ROUND_STATE_CONCLUDED
-        if concluded or (notice.state_round == pending.index and chain_of(documents.plan) == pending.chain):
-            raise StateMismatch(
-                f"state {pending.index} that this member computed isn't the one that the others signed; the "
-                "member stops. Compare transcript digests with other members"
-            )
-        aborted = said.number == pending.round and said.state == round_pb2.ROUND_STATE_ABORTED
-        if aborted or said.number > pending.round:
-            with self._cond:
-                self._folder.drop_pending()
-                self._cond.notify_all()
-
-    def _adopt(self) -> None:
+        held = self._held
+        assert held is not None
         with self._cond:
-            self._folder.adopt_pending()
-            self._state = None
-            self._cond.notify_all()
+            if held.settle(notice):
+                self._cond.notify_all()
 
     def _answer(self, notice: round_pb2.WatchResponse) -> None:
         said, session = notice.round, self._session
@@ -655,8 +637,8 @@ class Member:
             return None
         last = folder.number("last_round")
         if header.round > last:
-            self._ensure_state(header.state_round, header.state)
-        state = self._current_state()
+            self._held_state().ensure(header.state_round, header.state)
+        state = self._held_state().current()
         check_header(
             bound,
             Pinned(
@@ -701,75 +683,6 @@ class Member:
             live.state, live.step, live.asked = said.state, said.step, said.asked
             self._cond.notify_all()
         return session
-
-    # Training states
-
-    def _current_state(self) -> TrainingState:
-        with self._cond:
-            if self._state is None:
-                mark = self._folder.state_mark("current")
-                if mark is None:
-                    raise StateMismatch("this member holds no training state yet")
-                self._state = TrainingState.parse(self._folder.read_state(mark))
-            return self._state
-
-    def _state_digest(self, session: RoundSession) -> bytes:
-        mark = self._folder.state_mark("current")
-        return b"" if mark is None or mark.chain != chain_of(session.plan) else mark.digest
-
-    def _ensure_state(self, index: int, digest: bytes) -> None:
-        """Have the state that the federation goes on from, if it is one that this member missed."""
-        documents = self._documents
-        assert documents is not None
-        assert documents.plan is not None
-        mark = self._folder.state_mark("current")
-        if mark is not None and mark.chain == chain_of(documents.plan) and mark.index >= index:
-            return
-        self._fetch_state(index, digest)
-
-    def _fetch_state(self, index: int, digest: bytes) -> None:
-        documents, line, folder = self._documents, self._line, self._folder
-        assert documents is not None
-        assert line is not None
-        plan, policy, key = documents.plan, documents.policy, documents.group_key
-        assert plan is not None
-        assert policy is not None
-        assert key is not None
-        answer = line.call(
-            line.stub.GetCheckpoint, round_pb2.GetCheckpointRequest(), what="getting the checkpoint"
-        )
-        info = answer.info
-        if info.state_round != index or not same(info.state, digest):
-            raise RosterMovedOn("the aggregator's checkpoint isn't of the state that the round goes on from")
-        claim = StateClaim.parse(info.claim)
-        accept_state(
-            claim,
-            roster=documents.earlier_roster(info.roster),
-            plan=plan,
-            plan_digest=documents.plan_digest,
-            n_min=policy.n_min,
-            index=index,
-        )
-        if not same(claim.digest, digest):
-            raise StateMismatch("the checkpoint's claim is about another state than the round goes on from")
-        if info.total > 64 * plan.dimension + 8192 * plan.tensors + (1 << 20):
-            raise Refused(RefusalReason.WRONG_SIZE, "the checkpoint is larger than any state of this plan")
-        pieces = line.download(
-            round_pb2.BULK_KIND_CHECKPOINT,
-            index,
-            info.total,
-            what="the checkpoint",
-            on_bytes=lambda done, total: self._report("checkpoint", done, total),
-        )
-        state = open_checkpoint(
-            pieces, key, claim.h1, federation=folder.pin.federation, index=index, digest=digest
-        )
-        if not same(state.layout.digest(key), plan.layout):
-            raise StateMismatch("the checkpoint's tensors aren't those of the plan; ask the owner")
-        VectorPlan.of(plan, state.layout)
-        with self._cond:
-            folder.keep_state("current", StateMark(chain_of(plan), index, digest, 0), state.pieces())
-            self._state = state
 
     # The app's thread
 
@@ -884,8 +797,7 @@ class Member:
             self._computing = session
         live = session.live
         try:
-            pending = self._folder.state_mark("pending")
-            if pending is None or pending.round != session.number:
+            if self._held_state().pending_of(session.number) is None:
                 self._deliver(session)
                 self._wait(lambda: live.gone or live.state not in (0, round_pb2.ROUND_STATE_OPEN))
                 if live.state == round_pb2.ROUND_STATE_ABORTED or (live.gone and not live.passed):
@@ -894,6 +806,11 @@ class Member:
         except RoundAborted:
             self._count_abort(session)
             session.erase()
+            raise
+        except Unreachable:
+            # The update is sealed and stays: rounds() goes on with it.
+            with self._cond:
+                self._offered = session.number - 1
             raise
         except Refused as refusal:
             if not is_too_late(refusal) and refusal.reason is not RefusalReason.NOT_A_PARTICIPANT:
@@ -914,7 +831,7 @@ class Member:
 
     def _open(self, session: RoundSession) -> None:
         """Open and check the sum, and compute the next state; a false sum is refused before all members."""
-        state, documents = self._current_state(), self._documents
+        state, documents = self._held_state().current(), self._documents
         assert documents is not None
         assert documents.policy is not None
         h1 = session.record.h1
@@ -945,10 +862,7 @@ class Member:
             StoredReceipt(session.number, signed, dict(opened.metrics), opened.digest, max_error)
         )
         self._folder.keep(survivors="\n".join(opened.survivors).encode(), h1=h1)
-        mark = StateMark(
-            chain_of(session.plan), following.index, following.digest(session.keys.group_key), session.number
-        )
-        self._folder.keep_state("pending", mark, following.pieces())
+        self._held_state().keep_pending(following, session.plan, session.keys.group_key, session.number)
 
     def _refuse_sum(self, session: RoundSession, h1: bytes, error: BlindsumError) -> None:
         header, line = session.bound.header, session.line
@@ -973,74 +887,48 @@ class Member:
         session.erase()
 
     def _conclude(self, session: RoundSession) -> RoundReceipt:
-        folder, line, live = self._folder, session.line, session.live
-        pending = folder.state_mark("pending")
-        if pending is not None and pending.round == session.number:
-            h1 = folder.fact("h1")
-            survivors = tuple(folder.fact("survivors").decode().split("\n"))
-            signature = sign_state(
-                folder.identity,
-                federation=folder.pin.federation,
-                h1=h1,
-                index=pending.index,
-                digest=pending.digest,
-                survivors=survivors,
-            )
-            self._report("conclude", 0, 0)
-            try:
-                line.call(
-                    line.stub.Conclude,
-                    round_pb2.ConcludeRequest(
-                        round=session.number, state=pending.digest, signature=signature
-                    ),
-                    what="signing the new state",
-                )
-            except Refused as refusal:
-                if not is_too_late(refusal):
-                    raise
-        while True:
-            self._wait(lambda: live.checkpoint_wanted or self._settled(session))
-            if self._settled(session):
-                break
-            assert pending is not None
-            self._send_checkpoint(session, pending)
-        done = folder.state_mark("current")
-        if done is None or done.round != session.number:
+        """Sign the new state, send its checkpoint if asked, and wait until the federation has agreed."""
+        folder, live, held = self._folder, session.live, self._held_state()
+        pending = held.pending_of(session.number)
+        if pending is not None:
+            self._sign_state(session, pending)
+            if self._notice is not None:
+                # The others may have agreed while this member still computed; no later notice need follow.
+                self._settle(self._notice)
+            while True:
+                self._wait(lambda: live.checkpoint_wanted or held.pending_of(session.number) is None)
+                if held.pending_of(session.number) is None:
+                    break
+                held.send_checkpoint(pending, session.keys.group_key, folder.fact("h1"))
+                with self._cond:
+                    live.checkpoint_wanted = False
+        # A state that was dropped took its receipt along.
+        stored = next((stored for stored in folder.receipts() if stored.number == session.number), None)
+        if stored is None:
             self._count_abort(session)
             session.erase()
             raise self._ended(session)
         session.erase()
         self._report("concluded", 0, 0)
-        stored = next(stored for stored in folder.receipts() if stored.number == session.number)
         return RoundReceipt.of(stored)
 
-    def _settled(self, session: RoundSession) -> bool:
-        """Whether the computed state was adopted or dropped."""
-        pending = self._folder.state_mark("pending")
-        return pending is None or pending.round != session.number
-
-    def _send_checkpoint(self, session: RoundSession, mark: StateMark) -> None:
-        """Upload the new state, sealed to the members."""
-        state = TrainingState.parse(self._folder.read_state(mark))
-        key = session.keys.group_key
-        path = self._folder.path / "checkpoint.bin"
+    def _sign_state(self, session: RoundSession, mark: StateMark) -> None:
+        folder, line = self._folder, session.line
+        signature = sign_state(
+            folder.identity,
+            federation=folder.pin.federation,
+            h1=folder.fact("h1"),
+            index=mark.index,
+            digest=mark.digest,
+            survivors=tuple(folder.fact("survivors").decode().split("\n")),
+        )
+        self._report("conclude", 0, 0)
+        request = round_pb2.ConcludeRequest(round=session.number, state=mark.digest, signature=signature)
         try:
-            write_private(path, seal_checkpoint(state, key, self._folder.fact("h1")))
-            digest = _file_digest(path)
-            begin = round_pb2.BeginUploadRequest(
-                round=session.number,
-                kind=round_pb2.BULK_KIND_CHECKPOINT,
-                total=path.stat().st_size,
-                digest=digest,
-                reply=mark.digest,
-            )
-            session.line.upload(begin, path, lambda done, total: self._report("checkpoint", done, total))
+            line.call(line.stub.Conclude, request, what="signing the new state")
         except Refused as refusal:
-            _log.info("the checkpoint wasn't taken: %s", refusal)
-        finally:
-            path.unlink(missing_ok=True)
-        with self._cond:
-            session.live.checkpoint_wanted = False
+            if not is_too_late(refusal):
+                raise
 
     def _ended(self, session: RoundSession) -> RoundAborted:
         live = session.live
@@ -1075,10 +963,12 @@ class Member:
         self._folder.keep_local(portable(tensors))
 
 
+def _certificate_life(chain: bytes) -> float:
+    """The share of its life that a certificate has left; 0 once it has expired."""
+    certificate = x509.load_pem_x509_certificate(chain)
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return max(0.0, (end - datetime.now(UTC)) / (end - start))
+
+
 def _phase_of(said: round_pb2.RoundNotice) -> Phase:
     return cast(Phase, said.step) if said.step else "conclude"
-
-
-def _file_digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import numpy as np
+from blindsum.client.frame_workers import spread_opener, spread_protector
 from blindsum.client.member_folder import MemberFolder, StoredRound
 from blindsum.client.owner_documents import OwnerDocuments, restored_plan, restored_roster
 from blindsum.client.private_files import write_private
@@ -265,10 +266,9 @@ class RoundSession:
                     self.vector_plan(layout), exponents, check_key, self.keys.member
                 )
                 digests: list[bytes] = []
-                write_private(self.spool, self._protected(begun, encoder, digests))
+                write_private(self.spool, self._protected(spread_protector(begun), encoder, digests))
                 if self.witness is not None:
-                    self.witness.update = contribution.update
-                    self.witness.fields = encoder.fields(0, encoder.plan.fields)
+                    self.witness.sent(contribution.update, encoder.fields(0, encoder.plan.fields))
                 self._seal(upload_digest(begun.h1, digests))
             else:
                 self.seal_stored()
@@ -344,10 +344,11 @@ class RoundSession:
                 "sum size", f"the published sum has {answer.total} bytes, not {self.layout.result_total}"
             )
         with self._lock:
-            opener = self._machine.open_sum(answer.result)
+            checked = self._machine.open_sum(answer.result)
             self.record.confirmed = True
             self.record.snapshot = self._machine.snapshot()
             self.folder.keep_round(self.record)
+        opener = spread_opener(checked)
         check_key = self.keys.group_key.check_key(opener.h1)
         decoder = VectorDecoder(self.vector_plan(layout), exponents, check_key=check_key)
         pieces = self.line.download(

@@ -219,6 +219,22 @@ class MemberLine(Line):
         credentials = grpc.ssl_channel_credentials(ca.encode(), key, certificate)
         super().__init__(address, credentials, patience, stop or threading.Event())
         self.stub = round_pb2_grpc.RoundServiceStub(self.channel)
+        self._ca = ca
+        self._retired: list[grpc.Channel] = []
+        self._stream: Any = None
+
+    def use_certificate(self, key: bytes, certificate: bytes) -> None:
+        """Make all further calls with another certificate; calls in progress end as they are."""
+        self._retired.append(self.channel)
+        credentials = grpc.ssl_channel_credentials(self._ca.encode(), key, certificate)
+        self.channel = grpc.secure_channel(self.address, credentials, options=_OPTIONS)
+        self.stub = round_pb2_grpc.RoundServiceStub(self.channel)
+        self.end_watch()
+
+    def close(self) -> None:
+        """Close the channels; calls in progress fail."""
+        for channel in (*self._retired, self.channel):
+            channel.close()
 
     def watch(self, on_connection: Callable[[bool], None]) -> Iterator[round_pb2.WatchResponse]:
         """The aggregator's notices, for ever: a broken stream is opened again.
@@ -277,7 +293,7 @@ class MemberLine(Line):
 
     def end_watch(self) -> None:
         """Cancel the open watch stream, if any."""
-        stream = getattr(self, "_stream", None)
+        stream = self._stream
         if stream is not None:
             stream.cancel()
 

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from math import comb
 from typing import Any
 
@@ -40,7 +41,7 @@ class NotOpened(Exception):
     """A sum that doesn't open: nothing is output."""
 
 
-# -- derivations ---------------------------------------------------------------------------------------
+# -- derivations ----------------------------------------------------------------------------------------
 
 
 def labelled(label: str, *fields: bytes) -> bytes:
@@ -117,7 +118,7 @@ def number(value: int, size: int = 4) -> bytes:
     return value.to_bytes(size, "little")
 
 
-# -- MessagePack, of which only arrays, byte strings and small integers are used -----------------------------
+# -- MessagePack, of which only arrays, byte strings and small integers are used ------------------------
 
 
 def pack(value: Any) -> bytes:
@@ -200,7 +201,7 @@ def parts(data: bytes, size: int) -> list[bytes]:
     return [data[i : i + size] for i in range(0, len(data), size)]
 
 
-# -- header --------------------------------------------------------------------------------------------------
+# -- header ---------------------------------------------------------------------------------------------
 
 
 def header_bytes(header: Mapping[str, Any]) -> bytes:
@@ -212,33 +213,24 @@ def header_bytes(header: Mapping[str, Any]) -> bytes:
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-# -- k and t, in exact arithmetic ------------------------------------------------------------------------
+# -- k and t, in exact arithmetic -----------------------------------------------------------------------
 
 
 def share_of(n: int, per_mille: int) -> int:
     return n // 3 if per_mille == 333 else n * per_mille // 1000
 
 
-def upper_tail_reach(n: int, marked: int, draws: int, allowed: Fraction) -> int:
-    """Least x with Pr[Hyp(n, marked, draws) > x] <= allowed."""
-    whole, tail = comb(n, draws), 0
+def upper_tail_reach(n: int, marked: int, draws: int, allowed: Fraction, power: int = 1) -> int:
+    """Least x with Pr[Hyp(n, marked, draws) > x] ^ power <= allowed."""
+    limit = allowed.numerator * comb(n, draws) ** power
     x = min(draws, marked)
-    while x >= 0:
-        tail += comb(marked, x) * comb(n - marked, draws - x)
-        if tail * allowed.denominator > allowed.numerator * whole:
+    term, tail = comb(marked, x) * comb(n - marked, draws - x), 0
+    while x >= 0 and term:
+        tail += term
+        if tail**power * allowed.denominator > limit:
             return x
-        x -= 1
-    return 0
-
-
-def upper_tail_reach_squared(n: int, marked: int, draws: int, allowed: Fraction) -> int:
-    """Least x with Pr[Hyp(n, marked, draws) > x] ^ 2 <= allowed."""
-    whole, tail = comb(n, draws) ** 2, 0
-    x = min(draws, marked)
-    while x >= 0:
-        tail += comb(marked, x) * comb(n - marked, draws - x)
-        if tail * tail * allowed.denominator > allowed.numerator * whole:
-            return x
+        # The term of x - 1 from that of x; the division is exact.
+        term = term * x * (n - marked - draws + x) // ((marked - x + 1) * (draws - x + 1))
         x -= 1
     return 0
 
@@ -252,11 +244,13 @@ def shares_in_ring(n: int, k: int, corrupt: int, dropped: int, security: int, wi
     t2 = k - upper_tail_reach(n, dropped, k, Fraction(1, n * 2**20))
     t = math.ceil((t1 + k - Fraction(5, 4)) / 2) + 1
     if window:
-        # n^2 / 2 * Pr[Hyp(n, corrupt, k/2) >= t - k/2]^2 <= 2^-60
-        t = max(t, k // 2 + 1 + upper_tail_reach_squared(n, corrupt, k // 2, Fraction(2, n * n * 2**60)))
+        # n^2 / 2 pairs of windows, and no two may hold t - k/2 colluders each, but with 2^-60.
+        allowed = Fraction(2, n * n * 2**60)
+        t = max(t, k // 2 + 1 + upper_tail_reach(n, corrupt, k // 2, allowed, power=2))
     return t if t <= t2 else None
 
 
+@lru_cache
 def neighbours_and_shares(
     n: int, gamma: int, delta: int, security: int, window: bool = True, ring: bool = False
 ) -> tuple[int, int] | None:
@@ -272,7 +266,7 @@ def neighbours_and_shares(
     return None
 
 
-# -- graph -----------------------------------------------------------------------------------------------------
+# -- graph ----------------------------------------------------------------------------------------------
 
 
 def ring_order(n: int, seed: bytes) -> list[int]:
@@ -299,7 +293,7 @@ def graph(n: int, k: int, seed: bytes) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-# -- sharing -----------------------------------------------------------------------------------------------------
+# -- sharing --------------------------------------------------------------------------------------------
 
 
 def share(secret: bytes, threshold: int, points: Sequence[int], uniform: bytes) -> list[bytes]:
@@ -332,7 +326,7 @@ def is_share(data: bytes) -> bool:
     return len(data) == 33 and int.from_bytes(data, "little") < FIELD
 
 
-# -- lanes ---------------------------------------------------------------------------------------------------------
+# -- lanes ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -378,7 +372,7 @@ class Lanes:
         return fields[:count]
 
 
-# -- encoding ----------------------------------------------------------------------------------------------------
+# -- encoding -------------------------------------------------------------------------------------------
 
 
 def float32(value: float) -> float:
@@ -393,7 +387,7 @@ def quantised(value: float, units: int, exponent: int, bits: int, dither: int) -
         scale = float32(scale)
     product = max(-limit, min(limit, value * scale))
     fixed = round(float32(product) if bits <= 16 else product)
-    return ((fixed + dither) >> 15) + 2 ** (bits - 1)
+    return ((fixed + dither) >> 15) + (1 << (bits - 1))
 
 
 def vote(values: Sequence[float], units: int, exponent: int, tolerance: int) -> int:
@@ -414,6 +408,7 @@ def limbs(value: int, bits: int, value_bits: int) -> list[int]:
     return [value >> (bits * i) & (2**bits - 1) for i in range(-(-value_bits // bits))]
 
 
+WEIGHT_UNITS = 1 << 20
 TAG_PRIMES = (2**31 - 1, 2**31 - 19)
 
 
@@ -436,15 +431,16 @@ def check_offsets(check_key: bytes, member: str) -> tuple[int, int]:
 
 
 def metric_steps(metric: Mapping[str, Any]) -> int:
-    return math.ceil((metric["high"] - metric["low"]) / metric["resolution"])
+    low, high, resolution = float(metric["low"]), float(metric["high"]), float(metric["resolution"])
+    return math.ceil((high - low) / resolution)
 
 
 def weight_units(encoding: Mapping[str, Any], examples: int) -> int:
     if encoding["weighting"] == "equal":
-        return int(2**20)
-    relative = examples / encoding["max_examples"]
-    units = round((math.sqrt(relative) if encoding["weighting"] == "sqrt" else relative) * 2**20)
-    return max(units, math.ceil(2**20 / encoding["weight_ratio"]))
+        return WEIGHT_UNITS
+    relative = examples / int(encoding["max_examples"])
+    units = round((math.sqrt(relative) if encoding["weighting"] == "sqrt" else relative) * WEIGHT_UNITS)
+    return max(units, math.ceil(WEIGHT_UNITS / int(encoding["weight_ratio"])))
 
 
 def encode(
@@ -489,7 +485,7 @@ def sum_check_passes(fields: Sequence[int], bits: int, check_key: bytes, survivo
     return True
 
 
-# -- a round ---------------------------------------------------------------------------------------------------------
+# -- a round --------------------------------------------------------------------------------------------
 
 REQUESTS, REPLIES = (1, 3, 5, 8, 10), (2, 4, 6, 7, 9, 11)
 
@@ -580,10 +576,9 @@ class Member:
             self.stopped = True
             raise Stopped("second_request")
         try:
-            if step == "upload":
-                reply = self._upload(request, fields)
-            else:
-                reply = getattr(self, f"_{step}")(request)
+            steps = {"advertise": self._advertise, "share": self._share}
+            steps |= {"confirm": self._confirm, "reveal": self._reveal}
+            reply = self._upload(request, fields) if step == "upload" else steps[step](request)
         except Stopped:
             self.stopped = True
             raise

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,7 @@ def clinics(
     if scheme == "paillier":
         _say_estimate(console, rounds, len({"fedavg", "personalised"} & set(chosen)))
     demo = ClinicsDemo(Settings(scheme, rounds, seed, chosen, out), console)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         outcome = demo.run()
     except KeyboardInterrupt:

@@ -138,7 +138,7 @@ class ClinicsDemo:
             "aggregator",
             [
                 "blindsum.aggregator.commands",
-                *("--data", str(self._out / "aggregator"), "--any-owner"),
+                *("--data", str(self._out / "aggregator"), "--any-owner", "--while-stdin"),
                 *("--enrolment-port", "0", "--member-port", "0"),
                 *("--capture", str(self._capture), "--ready-file", str(ready)),
             ],

@@ -8,6 +8,8 @@ go to no one but the SDK. It ends when standard input is closed.
 import argparse
 import hashlib
 import json
+import os
+import queue
 import sys
 import threading
 import time
@@ -170,6 +172,13 @@ class Site:
         return {way: balanced_accuracy(model, test) for way, model in self._models.items()}
 
 
+def _read_orders(orders: queue.Queue[dict[str, str]]) -> None:
+    """Orders from standard input; its end is the demo's end, in whatever this process is."""
+    for line in sys.stdin:
+        orders.put(json.loads(line))
+    os._exit(0)
+
+
 def main() -> None:
     """Do what the demo says, until it closes standard input."""
     parser = argparse.ArgumentParser()
@@ -182,8 +191,10 @@ def main() -> None:
     torch.set_num_threads(1)
     site = Site(given.site, given.folder, given.published, given.seed, TrainingPlan(rounds=given.rounds))
     say("ready", examples=len(load_site(given.site, given.seed).train))
-    for line in sys.stdin:
-        order = json.loads(line)
+    orders: queue.Queue[dict[str, str]] = queue.Queue()
+    threading.Thread(target=_read_orders, args=(orders,), daemon=True).start()
+    while True:
+        order = orders.get()
         what = order["do"]
         if what == "join":
             site.join(Path(order["invitation"]), order["federation"])

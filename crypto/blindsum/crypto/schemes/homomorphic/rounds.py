@@ -45,6 +45,7 @@ from blindsum.crypto.schemes.homomorphic.cipher import (
     member_cipher,
     restore_parameters,
 )
+from blindsum.crypto.schemes.homomorphic.worker_cipher import PieceWork, opened, worth_spreading
 from blindsum.crypto.trust.documents import Digest, MemberId
 
 SNAPSHOT_VERSION: Literal[1] = 1
@@ -192,7 +193,7 @@ class HomomorphicMember:
         self._cipher: MemberCipher | None = None
         self._begun = False
         self._violation = ""
-        self._protector: _Protector | None = None
+        self._protector: HomomorphicProtector | None = None
         self._digest = b""
         self._reply = b""
 
@@ -218,7 +219,7 @@ class HomomorphicMember:
         if not same(asked.h0, self._terms.bound.h0):
             raise self._stop("h0", "the upload request is for another round")
         if self._protector is None:
-            self._protector = _Protector(self._opened_cipher(), self._terms)
+            self._protector = HomomorphicProtector(self._opened_cipher(), self._terms, self._secret)
         self._begun = True
         return self._protector
 
@@ -269,7 +270,7 @@ class HomomorphicMember:
                 raise self._stop("result_signature", f"{upload.member}'s upload isn't signed by it")
             if upload.member == self._member and not same(upload.digest, self._digest):
                 raise self._stop("result_own_upload", "the list has an upload that this member didn't send")
-        return _Opener(self._opened_cipher(), self._terms, members)
+        return HomomorphicOpener(self._opened_cipher(), self._terms, members, self._secret)
 
     def snapshot(self) -> bytes:
         """Versioned bytes that `restore` takes."""
@@ -497,21 +498,32 @@ class HomomorphicArithmetic:
         _check_size(len(frame), self._layout.upload_bytes(index), f"frame {index}")
 
 
-class _Protector:
-    def __init__(self, cipher: MemberCipher, terms: RoundTerms) -> None:
+class HomomorphicProtector:
+    """A member's bulk step. `work` is for the caller's worker processes; None where they wouldn't pay."""
+
+    def __init__(self, cipher: MemberCipher, terms: RoundTerms, secret: bytes) -> None:
         self._cipher = cipher
         self._maximum = (1 << terms.bound.header.bits) - 1
         self.layout = _layout(cipher.parameters, terms.bound.header.fields)
         self.h1 = terms.bound.h0
+        self.work = _work(cipher.parameters, terms, secret)
         self._pending = set(range(self.layout.frames))
 
     @property
     def complete(self) -> bool:
-        """Whether every frame was protected."""
+        """Whether every frame was protected or handed over."""
         return not self._pending
 
     def protect(self, index: int, fields: Fields) -> bytes:
         """Frame `index`, freshly encrypted; each frame once. Raises `Refused` the second time."""
+        self.hand_over(index, fields)
+        return self._cipher.encrypt(fields)
+
+    def hand_over(self, index: int, fields: Fields) -> None:
+        """Check frame `index` and leave its encryption to the caller's workers (`work`); each frame once.
+
+        Raises `EncodingError`, `Refused` the second time.
+        """
         if not 0 <= index < self.layout.frames:
             raise EncodingError(f"frame {index}", f"there are {self.layout.frames} frames")
         start, stop = self.layout.field_range(index)
@@ -523,33 +535,52 @@ class _Protector:
             self._pending.remove(index)
         except KeyError:
             raise Refused(RefusalReason.CONFLICT, f"frame {index} was encrypted already") from None
-        return self._cipher.encrypt(fields)
 
     def __repr__(self) -> str:
         return f"<Protector of {self.layout.frames} frames>"
 
 
-class _Opener:
-    def __init__(self, cipher: MemberCipher, terms: RoundTerms, survivors: tuple[str, ...]) -> None:
+class HomomorphicOpener:
+    """Opens the published sum. `work` is for the caller's worker processes; None where they wouldn't pay."""
+
+    def __init__(
+        self, cipher: MemberCipher, terms: RoundTerms, survivors: tuple[str, ...], secret: bytes
+    ) -> None:
         self._cipher = cipher
         self._maximum = len(survivors) * ((1 << terms.bound.header.bits) - 1)
         self.survivors = survivors
         self.layout = _layout(cipher.parameters, terms.bound.header.fields)
         self.h1 = terms.bound.h0
         self.max_error = 0.0
+        self.work = _work(cipher.parameters, terms, secret)
 
     def open(self, index: int, frame: bytes | memoryview) -> SummedFields:
         """The summed fields of frame `index`. Raises `OpeningFailed`."""
-        if not 0 <= index < self.layout.frames:
-            raise OpeningFailed(f"there is no frame {index} in this sum")
-        start, stop = self.layout.field_range(index)
+        count = self.hand_over(index, frame)
         try:
-            _check_size(len(frame), self.layout.result_bytes(index), f"frame {index} of the sum")
-            summed = self._cipher.decrypt(frame, stop - start, len(self.survivors))
-        except Refused as refusal:
-            raise OpeningFailed(f"the sum doesn't open: {refusal.text}; nothing was output") from None
+            summed = opened(self._cipher, frame, count, len(self.survivors))
         finally:
             self.max_error = max(self.max_error, self._cipher.max_error)
+        return self.take_back(index, summed)
+
+    def hand_over(self, index: int, frame: bytes | memoryview) -> int:
+        """Check the size of frame `index` and leave its decryption to the caller's workers (`work`).
+
+        Returns how many fields it holds. Raises `OpeningFailed`.
+        """
+        if not 0 <= index < self.layout.frames:
+            raise OpeningFailed(f"there is no frame {index} in this sum")
+        size = self.layout.result_bytes(index)
+        if len(frame) != size:
+            raise OpeningFailed(
+                f"the sum doesn't open: frame {index} of the sum has {len(frame)} bytes, {size} expected; "
+                "nothing was output"
+            )
+        start, stop = self.layout.field_range(index)
+        return stop - start
+
+    def take_back(self, index: int, summed: SummedFields) -> SummedFields:
+        """The same fields, once they are known to be a possible sum. Raises `OpeningFailed`."""
         if int(summed.max()) > self._maximum:
             raise OpeningFailed(
                 f"a field of frame {index} is above what {len(self.survivors)} members can send"
@@ -558,6 +589,12 @@ class _Opener:
 
     def __repr__(self) -> str:
         return f"<SumOpener of {self.layout.frames} frames>"
+
+
+def _work(parameters: CipherParameters, terms: RoundTerms, secret: bytes) -> PieceWork | None:
+    if not worth_spreading(parameters, terms.bound.header.fields):
+        return None
+    return PieceWork(parameters, terms.he_public, secret)
 
 
 def _layout(parameters: CipherParameters, fields: int) -> BulkLayout:

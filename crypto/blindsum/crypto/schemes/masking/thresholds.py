@@ -9,7 +9,6 @@ which IEEE 754 makes the same everywhere; no logarithms, no gamma function.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -109,22 +108,29 @@ def ring_shares(n: int, k: int, corrupt: int, dropped: int, security: int, windo
     return least if least <= alive else None
 
 
-def _probabilities(n: int, marked: int, draws: int) -> Iterator[float]:
-    """Pr[Hyp(n, marked, draws) = i] for i = 0, 1, ... draws."""
-    p = 1.0
-    for i in range(draws):
-        p *= max(n - marked - i, 0) / (n - i)
-    for i in range(draws + 1):
-        yield p
-        below = n - marked - draws + i + 1
-        p = p * ((marked - i) * (draws - i)) / ((i + 1) * below) if i < marked and below > 0 else 0.0
+def _probabilities(n: int, marked: int, draws: int) -> list[float]:
+    """Pr[Hyp(n, marked, draws) = i] for i = 0, 1, ... draws.
+
+    From the likeliest i outwards: far away terms may be impossible or too small for a float, and a product
+    that starts with one of them would be zero everywhere. `fsum` rounds the same in every Python.
+    """
+    mode = (draws + 1) * (marked + 1) // (n + 2)
+    unmarked = n - marked
+    weights = [0.0] * (draws + 1)
+    weights[mode] = 1.0
+    for i in range(mode, min(draws, marked)):
+        weights[i + 1] = weights[i] * ((marked - i) * (draws - i)) / ((i + 1) * (unmarked - draws + i + 1))
+    for i in range(mode, max(0, draws - unmarked), -1):
+        weights[i - 1] = weights[i] * (i * (unmarked - draws + i)) / ((marked - i + 1) * (draws - i + 1))
+    whole = math.fsum(weights)
+    return [weight / whole for weight in weights]
 
 
 def _least_upper(n: int, marked: int, draws: int, bound: float) -> int:
     """Least x with Pr[Hyp(n, marked, draws) > x] <= bound."""
     tail = 0.0
     x = draws
-    for p in reversed(list(_probabilities(n, marked, draws))):
+    for p in reversed(_probabilities(n, marked, draws)):
         tail += p
         if tail > bound:
             return x

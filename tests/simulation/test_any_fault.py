@@ -1,0 +1,343 @@
+"""Any fault, in any order: never a wrong sum, a second answer or both shares; and every round ends.
+
+A bug that was found stays here as an explicit example of the operations that led to it.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import msgspec
+import pytest
+from blindsum.crypto.primitives.secret_sharing import SHARE_BYTES
+from blindsum.crypto.schemes.base import StepName
+from blindsum.crypto.schemes.homomorphic.cipher import choose_parameters, generate_keys
+from blindsum.crypto.schemes.masking import scheme as masking_scheme
+from blindsum.crypto.schemes.masking import thresholds as masking_thresholds
+from blindsum.crypto.schemes.masking.member import MaskingMember
+from blindsum.crypto.schemes.masking.messages import CONTENT_BYTES, OPENED_BYTES
+from blindsum.crypto.schemes.masking.thresholds import colluders, complete_graph
+from blindsum.crypto.schemes.registry import scheme
+from blindsum.crypto.trust.roster import HeKey
+from federation_driver import Federation, make_federation, plain_sum
+from federation_simulator import (
+    BENIGN,
+    KINDS,
+    LIES,
+    PROGRESS,
+    BrokenInvariant,
+    Message,
+    Operation,
+    Simulation,
+    View,
+    operations,
+    recorded,
+)
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+MASKING = masking_scheme("masking")
+STEPS: tuple[StepName, ...] = MASKING.steps
+HE = ("bfv", "ckks", "paillier")
+FIELDS = 10 + 4
+"""Ten of the input and four of the sum check, at 16 bits."""
+
+SIZES = ((3, 333), (4, 333), (5, 333), (6, 333), (8, 125), (8, 0), (9, 111))
+"""Members and gamma: how many rogues there may be, and how many may drop out."""
+
+
+@cache
+def masking(size: int, gamma: int = 333, number: int = 1) -> Federation:
+    return make_federation(MASKING, size, fields=FIELDS, gamma=gamma, number=number)
+
+
+@cache
+def earlier(size: int, gamma: int = 333) -> tuple[Message, ...]:
+    """The messages of another round of the same members."""
+    return recorded(masking(size, gamma, number=2))
+
+
+@cache
+def homomorphic(name: str, size: int = 4) -> Federation:
+    pytest.importorskip(
+        "phe" if name == "paillier" else "tenseal", reason=f"the extra of {name} isn't installed"
+    )
+    parameters = choose_parameters(name, 16, 16, length=FIELDS, modulus_bits=2048, minimum_security=112)
+    keys = generate_keys(parameters)
+    key = HeKey(scheme=name, parameters=parameters.name, bits=16, n_max=16, digest=keys.key_id)
+    made = make_federation(
+        scheme(name),
+        size,
+        fields=FIELDS,
+        he_key=keys.key_id,
+        he_parameters=parameters.name,
+        he_public=keys.public,
+        he_secret=keys.secret,
+    )
+    roster = msgspec.structs.replace(made.terms.roster, he_keys=(key,))
+    return replace(made, terms=replace(made.terms, roster=roster))
+
+
+def rogues_of(size: int, gamma: int) -> list[str]:
+    """As many of the last members as the round is meant to bear."""
+    return [f"m{index:04d}" for index in range(size - colluders(size, gamma), size)]
+
+
+def operation(kinds: tuple[str, ...]) -> st.SearchStrategy[Operation]:
+    byte = st.integers(0, 255)
+    # Mostly the first view, which is the one that settles.
+    return st.builds(Operation, st.sampled_from(kinds), byte, byte, st.sampled_from([0, 0, 1, 2]))
+
+
+MIXED = operation((*KINDS, *["step"] * 9, *["exchange"] * 3))
+
+
+def run_masking(size: int, gamma: int, ops: list[Operation], *, rogues: bool) -> tuple[Simulation, View]:
+    simulation = Simulation(
+        masking(size, gamma),
+        rogues=rogues_of(size, gamma) if rogues else (),
+        earlier=earlier(size, gamma),
+    )
+    simulation.run(ops)
+    view = simulation.settle()
+    simulation.end()
+    return simulation, view
+
+
+# -- whatever happens ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SIZES), st.lists(MIXED, max_size=30), st.booleans())
+@example((6, 333), [], False)
+@example((3, 333), [Operation("fork"), Operation("step"), Operation("step", c=1)], True)
+def test_no_fault_gives_a_false_sum_a_second_answer_or_both_shares(
+    setting: tuple[int, int], ops: list[Operation], rogues: bool
+) -> None:
+    """What must hold is checked at every message and sum; `settle` checks that the round ends."""
+    run_masking(*setting, ops, rogues=rogues)
+
+
+def equivocation(step: int, *then: Operation) -> list[Operation]:
+    """The server tells two stories from a step on: whom it asks first decides which one a member hears."""
+    return [
+        *[Operation("step")] * step,
+        Operation("fork"),
+        *(Operation("exchange", a, c=a % 2) for a in range(8)),
+        *then,
+        Operation("close", c=0),
+        Operation("close", c=1),
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(SIZES), st.integers(0, 4), st.lists(MIXED, max_size=25))
+def test_two_stories_never_become_two_sums(setting: tuple[int, int], step: int, ops: list[Operation]) -> None:
+    """The server's best attempt: two views from `step` on, with all the rogues that a round must bear."""
+    run_masking(*setting, [*equivocation(step), *ops], rogues=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(SIZES), st.lists(operation(LIES), min_size=1, max_size=12))
+def test_lies_about_the_result_are_never_accepted(setting: tuple[int, int], ops: list[Operation]) -> None:
+    run_masking(*setting, [*[Operation("step")] * 5, *ops], rogues=True)
+
+
+def for_each_key(test: Callable[..., None]) -> Callable[..., None]:
+    """A property of the homomorphic schemes. Paillier takes a hundred times as long, so it gets less."""
+    efforts = [settings(max_examples=2 if name == "paillier" else 8, deadline=None) for name in HE]
+    return pytest.mark.parametrize(("name", "effort"), list(zip(HE, efforts, strict=True)), ids=HE)(test)
+
+
+@for_each_key
+def test_no_fault_gives_a_false_sum_in_a_homomorphic_round(name: str, effort: settings) -> None:
+    @effort
+    @given(st.lists(operation((*KINDS, *["step"] * 3)), max_size=12))
+    def holds(ops: list[Operation]) -> None:
+        simulation = Simulation(homomorphic(name))
+        simulation.run(ops)
+        simulation.settle()
+        simulation.end()
+
+    holds()
+
+
+# -- faults that stop ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(operation(BENIGN), max_size=10), min_size=5, max_size=5))
+def test_networks_and_restarts_lose_nobody(faults: list[list[Operation]]) -> None:
+    """Faults in every step, each of which is then finished: everyone is counted whose upload wasn't cut."""
+    federation = masking(8, 0)
+    simulation = Simulation(federation)
+    view = simulation.views[0]
+    for ops in faults:
+        simulation.run(ops)
+        simulation.finish_step(view)
+    simulation.settle()
+    simulation.end()
+    whole = tuple(name for name, member in simulation.members.items() if not member.cut)
+    if len(whole) <= complete_graph(8, 0).shares:
+        assert view.machine.abort is not None
+        return
+    assert view.machine.abort is None
+    assert view.machine.survivors == whole
+    assert not view.machine.named
+    accepted = simulation.accepted()
+    assert set(accepted) == set(federation.members)
+    assert all((one.total == plain_sum(simulation.inputs, whole)).all() for one in accepted.values())
+
+
+@for_each_key
+def test_networks_and_restarts_lose_nobody_in_a_homomorphic_round(name: str, effort: settings) -> None:
+    @effort
+    @given(st.lists(operation(BENIGN), max_size=12))
+    def holds(ops: list[Operation]) -> None:
+        simulation = Simulation(homomorphic(name))
+        view = simulation.run(ops).settle()
+        simulation.end()
+        assert view.machine.survivors == simulation.federation.members
+        assert set(simulation.accepted()) == set(simulation.federation.members)
+
+    holds()
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_round_ends_however_many_leave(step: int) -> None:
+    """From everyone to no one: a sum or an abort with its reason, never a round that hangs."""
+    for left in range(9):
+        ops = [Operation("step")] * step + [Operation("leave", a) for a in range(left)]
+        simulation, view = run_masking(8, 0, ops, rogues=False)
+        stay = 8 - left
+        # Who never advertised isn't in the cohort, so a smaller one with a lower threshold goes on.
+        finishes = stay >= 3 if step == 0 else stay > complete_graph(8, 0).shares
+        assert (view.machine.abort is None) == finishes, left
+        if finishes:
+            assert view.machine.survivors == simulation.federation.members[left if step < 3 else 0 :]
+
+
+# -- repeating a run -------------------------------------------------------------------------------------
+
+
+def traced(federation: Federation, seed: str, ops: list[Operation]) -> bytes:
+    simulation = Simulation(federation, seed=seed, rogues=["m0003"])
+    simulation.run(ops)
+    simulation.settle()
+    return simulation.end().trace
+
+
+def test_one_seed_gives_one_trace_byte_for_byte() -> None:
+    for seed in ("one", "two", "three"):
+        ops = operations(seed, 40)
+        assert ops == operations(seed, 40)
+        first = traced(masking(6), seed, ops)
+        assert traced(masking(6), seed, ops) == first
+        assert traced(masking(6), seed + " other secrets", ops) != first
+        assert traced(masking(6), seed, operations(seed + " other faults", 40)) != first
+
+
+@pytest.mark.parametrize("name", HE)
+def test_one_seed_gives_the_same_decisions_errors_and_sums_under_a_homomorphic_key(name: str) -> None:
+    ops = operations("decisions", 12, (*BENIGN, "result", "count_twice", "fork", *PROGRESS))
+    first = traced(homomorphic(name), "one", ops)
+    assert traced(homomorphic(name), "one", ops) == first
+    assert b"SumCheckFailed" in first
+
+
+# -- the simulator finds what is broken ------------------------------------------------------------------
+
+
+def finds(ops: list[Operation], text: str, *, rogues: bool = False) -> None:
+    with pytest.raises(BrokenInvariant, match=text):
+        run_masking(6, 333, ops, rogues=rogues)
+
+
+def test_control_a_member_that_answers_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = MaskingMember._answered
+
+    def forgetful(self: MaskingMember, step: StepName, request: bytes) -> bytes | None:
+        if step == "confirm":
+            self._phase = step
+            self._replies.pop(step, None)
+        return answered(self, step, request)
+
+    monkeypatch.setattr(MaskingMember, "_answered", forgetful)
+    two_survivor_sets = [
+        *[Operation("step")] * 2,
+        *[Operation("exchange", a) for a in range(5)],
+        Operation("fork"),
+        Operation("exchange", 5),
+        Operation("close"),
+        Operation("close", c=1),
+        Operation("exchange", 0),
+        Operation("exchange", 0, c=1),
+    ]
+    finds(two_survivor_sets, "two different requests in confirm")
+
+
+def test_control_a_member_that_reveals_both_shares_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    reveal = MaskingMember._reveal
+
+    def generous(self: MaskingMember, request: bytes) -> bytes:
+        received = self._received
+        return reveal(self, request) + received[: CONTENT_BYTES - OPENED_BYTES + SHARE_BYTES]
+
+    monkeypatch.setattr(MaskingMember, "_reveal", generous)
+    finds([], "both or no shares")
+
+
+def test_control_a_member_that_keeps_its_secrets_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MaskingMember, "_forget_secrets", lambda self: None)
+    finds([], "still holds")
+
+
+def test_control_without_the_sum_check_a_false_sum_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shift by one in the first field leaves guard bits and ranges as they should be."""
+    ops = [*[Operation("step")] * 5, Operation("shift", 1, 0)]
+    simulation, _ = run_masking(6, 333, ops, rogues=False)
+    assert not simulation.accepted()
+    monkeypatch.setattr(
+        Simulation, "_checked", lambda self, member, opener, total: total[: len(self.inputs[member.name])]
+    )
+    finds(ops, "isn't the survivors'")
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_control_with_a_lower_threshold_two_stories_open_a_member(
+    low: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why t = floor((k + c) / 2) + 1: with less, half of the members see m0006 alive, half see it dropped."""
+    if low:
+        monkeypatch.setattr(
+            masking_thresholds, "complete_graph", lambda n, gamma: masking_thresholds.Thresholds(n - 1, 2)
+        )
+    simulation = Simulation(masking(7))
+    simulation.finish_step(simulation.views[0])
+    simulation.finish_step(simulation.views[0])
+    simulation.run(Operation("exchange", a) for a in range(7))
+    simulation.apply(Operation("fork"))
+    second = simulation.views[1]
+    assert second.history.pop() is not None
+    assert second.uploads.pop()[0] == "m0006"
+    simulation.apply(Operation("restart_server", c=1))
+    for _ in ("upload", "confirm"):
+        simulation.run([Operation("close"), Operation("close", c=1)])
+        simulation.run(Operation("exchange", a, c=a // 3) for a in range(6))
+    if low:
+        with pytest.raises(BrokenInvariant, match="rebuild both secrets of m0006"):
+            simulation.end()
+    else:
+        simulation.end()
+        assert all(view.machine.abort is not None for view in simulation.views)
+
+
+# -- many more -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(10))
+def test_a_thousand_rounds_of_random_faults(block: int) -> None:
+    for number in range(100 * block, 100 * block + 100):
+        size, gamma = SIZES[number % len(SIZES)]
+        run_masking(size, gamma, operations(f"soak {number}", 60), rogues=number % 2 == 0)
