@@ -34,6 +34,11 @@ class ServerProcess:
         self._pid = ready["pid"]
         return ready["ports"][0], ready["ports"][1], ready["ca"].encode()
 
+    @property
+    def pid(self) -> int:
+        """The server's process id; 0 while it isn't running."""
+        return self._pid
+
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         if self._pid:

@@ -83,8 +83,10 @@ def test_the_report_stands_alone(finished: tuple[Path, dict[str, Any], str]) -> 
 def test_receipts_of_all_members_are_one_history(finished: tuple[Path, dict[str, Any], str]) -> None:
     out, _, _ = finished
     shown = subprocess.run(
-        [sys.executable, "-m", "blindsum.cli", "receipt", "show"]
-        + [str(out / "members" / "hospital" / "personalised"), "--json"],
+        [
+            *(sys.executable, "-m", "blindsum.cli", "receipt", "show"),
+            *(str(out / "members" / "hospital" / "personalised"), "--json"),
+        ],
         capture_output=True,
         text=True,
         check=True,

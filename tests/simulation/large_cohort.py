@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "crypto"))
 
-from federation_driver import Federation, RoundDriver, make_federation  # noqa: E402
+from federation_driver import Federation, RoundDriver, make_federation
 
 BITS = 12
 PARAMETERS = 1_000

@@ -117,8 +117,7 @@ def _show(console: Console, outcome: Outcome, out: Path) -> None:
         table.add_row(site.name, str(site.examples), *cells, end_section=site.name == outcome.sites[-1].name)
     table.add_row("clinic mean", "", *(f"{100 * outcome.mean_of_clinics(way):.1f}" for way in ways))
     console.print(table)
-    if {"edge_only", "fedavg", "personalised", "cloud_finetuned"} <= set(ways):
-        console.print(outcome.sentence(), soft_wrap=True)
+    console.print(outcome.sentence(), soft_wrap=True)
     scan = outcome.leak_scan
     console.print(
         f"\nSums: {'exact, bit for bit, in' if outcome.exact else 'NOT EXACT over'} {outcome.exact_rounds}"

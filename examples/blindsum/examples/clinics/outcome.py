@@ -13,6 +13,13 @@ WAY_TITLES: dict[str, str] = {
     "personalised": "collaborative, local head",
 }
 
+_IN_WORDS: dict[str, str] = {
+    "cloud_only": "for the hospital's model as it is",
+    "cloud_finetuned": "for the hospital's model fine-tuned on site",
+    "edge_only": "for each clinic alone",
+    "fedavg": "for one plain shared model",
+}
+
 
 @dataclass(frozen=True)
 class SiteOutcome:
@@ -88,16 +95,22 @@ class Outcome:
 
     def sentence(self) -> str:
         """One honest sentence on what the table shows."""
-        local, shared = self.mean_of_clinics("edge_only"), self.mean_of_clinics("personalised")
-        plain, tuned = self.mean_of_clinics("fedavg"), self.mean_of_clinics("cloud_finetuned")
-        best = max(WAYS, key=self.mean_of_clinics)
+        rivals = [way for way in WAYS if way != "personalised" and self.has(way)]
+        shared = self.mean_of_clinics("personalised") if self.has("personalised") else None
+        best = max((way for way in WAYS if self.has(way)), key=self.mean_of_clinics)
+        others = ", ".join(f"{100 * self.mean_of_clinics(way):.1f} % {_IN_WORDS[way]}" for way in rivals)
+        if shared is None:
+            return f"On the clinic mean: {others}. The best way in this run is {WAY_TITLES[best]!r}."
+        against = f" against {others}" if others else ""
         return (
             f"On the clinic mean, training together with a local head reaches {100 * shared:.1f} % balanced "
-            f"accuracy against {100 * local:.1f} % for each clinic alone, {100 * plain:.1f} % for one plain "
-            f"shared model and {100 * tuned:.1f} % for the hospital's model fine-tuned on site; the best way "
-            f"in this run is {WAY_TITLES[best]!r}. One run with one seed: a difference under 2 points may be "
-            f"chance."
+            f"accuracy{against}; the best way in this run is {WAY_TITLES[best]!r}. One run with one seed: a "
+            f"difference under 2 points may be chance."
         )
+
+    def has(self, way: str) -> bool:
+        """Whether every site has a figure for this way."""
+        return all(way in site.accuracy for site in self.sites)
 
     def to_json(self) -> dict[str, Any]:
         """The document that `--json FILE` writes; accuracies are fractions of 1."""
