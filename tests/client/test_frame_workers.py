@@ -15,7 +15,7 @@ sys.path.extend(
     str(Path(__file__).parents[1] / "crypto" / folder) for folder in ("homomorphic", "homomorphic_rounds")
 )
 
-from blindsum.client import frame_workers
+from blindsum.client import frame_worker, frame_workers
 from blindsum.client.frame_workers import FrameWorkers, WorkerDied
 from blindsum.client.testing import Federation
 from blindsum.crypto.errors import BlindsumError, EncodingError, OpeningFailed, Refused
@@ -50,7 +50,7 @@ def workers() -> Iterator[FrameWorkers]:
 
 @pytest.fixture
 def fields(key: Setting) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    count = key.parameters.fields_per_frame - 3
+    count: int = key.parameters.fields_per_frame - 3
     return np.random.default_rng(1).integers(0, 1 << 16, count, dtype=np.uint32)
 
 
@@ -146,7 +146,7 @@ def test_a_piece_that_kills_every_worker_is_a_typed_error(
 ) -> None:
     deadly = tmp_path / "deadly.py"
     deadly.write_text("import os\nos.abort()\n")
-    monkeypatch.setattr(frame_workers.frame_worker, "__file__", str(deadly))
+    monkeypatch.setattr(frame_worker, "__file__", str(deadly))
     pool = FrameWorkers(1)
     with pytest.raises(WorkerDied):
         pool.encrypt(work, fields)
@@ -208,7 +208,7 @@ def test_where_processes_cannot_start_one_does_the_work(
 ) -> None:
     deadly = tmp_path / "deadly.py"
     deadly.write_text("raise SystemExit(1)\n")
-    monkeypatch.setattr(frame_workers.frame_worker, "__file__", str(deadly))
+    monkeypatch.setattr(frame_worker, "__file__", str(deadly))
     monkeypatch.setattr(frame_workers, "_shared", frame_workers._Shared())
     aggregator = small.scheme.aggregator(small.terms)
     begun = small.member("ann").begin_upload(aggregator.request("ann"))

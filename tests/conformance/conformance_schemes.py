@@ -20,7 +20,7 @@ class Row:
 
 SCHEMES = [
     pytest.param(Row("masking", 200_003), id="masking"),
-    pytest.param(Row("bfv", 40_001), id="bfv", marks=pytest.mark.he),
-    pytest.param(Row("ckks", 40_001), id="ckks", marks=pytest.mark.he),
+    pytest.param(Row("bfv", 120_001), id="bfv", marks=pytest.mark.he),
+    pytest.param(Row("ckks", 60_001), id="ckks", marks=pytest.mark.he),
     pytest.param(Row("paillier", 301), id="paillier", marks=pytest.mark.paillier),
 ]

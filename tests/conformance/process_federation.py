@@ -4,11 +4,13 @@ Children are forked from a process that has imported everything (multiprocessing
 each starts at once.
 """
 
+import contextlib
 import multiprocessing
 import signal
+import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +24,7 @@ from blindsum.client.receipts import verify_receipts
 from blindsum.crypto.trust.plan import Deadlines
 from blindsum.proto.v1 import round_pb2
 
-PATIENCE = 15.0
+PATIENCE = 60.0
 """Seconds after which a test gives up; nothing waits for it to pass."""
 
 _context = multiprocessing.get_context("forkserver")
@@ -50,8 +52,7 @@ class Child:
         """SIGKILL, and wait until it is gone."""
         self.process.kill()
         self.process.join()
-        assert self.process.exitcode in (-signal.SIGKILL, 0, 1)
-        self.connection.close()
+        assert self.process.exitcode == -signal.SIGKILL
 
     def resident(self) -> int:
         """Bytes of memory that the process has now."""
@@ -80,30 +81,39 @@ class MemberProcess(Child):
         super().__init__(conformance_children.take_part, folder, options)
         self.name = folder.name
         self.events: list[tuple[Any, ...]] = []
-        """All that it said and the test has read."""
+        """All that it said; `until` has looked at the first `seen` of them."""
+        self.seen = 0
+        self._ended = False
+        self._news = threading.Condition()
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def until(self, *what: Any, seconds: float = PATIENCE) -> tuple[Any, ...]:
-        """Read until an event begins with these values. Fails if the app fails or ends before."""
-        limit = time.monotonic() + seconds
-        while True:
-            left = limit - time.monotonic()
-            if left <= 0 or not self.connection.poll(left):
-                raise AssertionError(f"{self.name}: no {what}; last came {self.events[-5:]}")
-            try:
+    def _listen(self) -> None:
+        try:
+            while True:
                 event = self.connection.recv()
-            except EOFError:
-                raise AssertionError(f"{self.name} ended before {what}: {self.events[-5:]}") from None
-            self.events.append(event)
-            if event[: len(what)] == what:
-                return tuple(event)
-            assert event[0] not in ("failed", "done"), f"{self.name}: {event} before {what}"
+                with self._news:
+                    self.events.append(event)
+                    self._news.notify_all()
+        except (EOFError, OSError):
+            with self._news:
+                self._ended = True
+                self._news.notify_all()
 
-    def read(self) -> list[tuple[Any, ...]]:
-        """What it said since the last reading."""
-        before = len(self.events)
-        while self.connection.poll(0):
-            self.events.append(self.connection.recv())
-        return self.events[before:]
+    def until(self, *what: Any) -> tuple[Any, ...]:
+        """Wait until it says something that begins with these values. Fails if it fails or ends before."""
+        limit = time.monotonic() + PATIENCE
+        while True:
+            with self._news:
+                self._news.wait_for(
+                    lambda: self._ended or self.seen < len(self.events), limit - time.monotonic()
+                )
+                if self.seen == len(self.events):
+                    raise AssertionError(f"{self.name}: no {what}; last came {self.events[-5:]}")
+                event = self.events[self.seen]
+                self.seen += 1
+            if event[: len(what)] == what:
+                return event
+            assert event[0] not in ("failed", "done"), f"{self.name}: {event} before {what}"
 
     def go_on(self) -> None:
         """Let it go on from where it stopped."""
@@ -217,14 +227,21 @@ class ProcessFederation:
         for name in names or self.names:
             self.members[name] = MemberProcess(self.path(name), **options)
 
-    def wait_for_replies(self, number: int, count: int, step: str = "") -> None:
-        """Until the server has durably accepted so many replies in the running round's open step."""
+    def wait_for_replies(self, number: int, step: str, count: int) -> None:
+        """Until so many replies to a step are durable at the server; only then are they acknowledged."""
+        query = "SELECT count(*) FROM reply WHERE round = ? AND step = ?"
+        state = sqlite3.connect(f"file:{self.folder}/server/state.sqlite?mode=ro", uri=True)
         limit = time.monotonic() + PATIENCE
-        while time.monotonic() < limit:
-            newest = self.owner.status().rounds[0]
-            if newest.number == number and newest.replied >= count and newest.step.startswith(step):
-                return
-        raise AssertionError(f"round {number} has no {count} replies in {step or 'its step'}: {newest}")
+        with contextlib.closing(state):
+            while state.execute(query, (number, step)).fetchone()[0] < count:
+                assert time.monotonic() < limit, f"{step} of round {number} has no {count} replies"
+                time.sleep(0.005)
+
+    def replied(self, number: int, step: str) -> int:
+        """How many replies the server says that it has, in the running round's open step."""
+        newest = self.owner.status().rounds[0]
+        assert (newest.number, newest.step) == (number, step)
+        return int(newest.replied)
 
     def finish(self) -> None:
         """Wait until every running member's app is done."""
@@ -299,7 +316,6 @@ class ProcessFederation:
         for child in (*self.members.values(), *([self.server] if hasattr(self, "server") else [])):
             child.process.kill()
             child.process.join()
-            child.connection.close()
         if self._owner is not None:
             self._owner.close()
 
@@ -308,6 +324,3 @@ class ProcessFederation:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-__all__ = ["Child", "Connection", "MemberProcess", "ProcessFederation"]

@@ -8,7 +8,8 @@ import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -18,10 +19,13 @@ from blindsum.crypto.errors import BlindsumError, Refused
 from blindsum.crypto.primitives.derivation import system_random
 from blindsum.crypto.schemes.base import MemberKeys, RoundTerms, frame_digest, upload_digest
 from blindsum.crypto.schemes.homomorphic.cipher import (
+    CipherParameters,
     KeyPair,
+    MemberCipher,
     aggregator_cipher,
     choose_parameters,
     generate_keys,
+    member_cipher,
     restore_parameters,
 )
 from blindsum.crypto.schemes.homomorphic.rounds import SignedUpload
@@ -72,11 +76,12 @@ class HeMember(ScriptedMember):
         terms = RoundTerms(header, self.owner.roster, fed.key.parameters, fed.pair.public)
         keys = MemberKeys(self.name, self.applicant.identity, self.owner.group_key, fed.pair.secret)
         self.terms = terms
-        self.machine = scheme(fed.name).member(terms, keys, system_random)
+        self.machine = cast(Any, scheme(fed.name).member(terms, keys, system_random))
+        self.machine._cipher = fed.cipher  # paillier's table of powers is made once
         request = self.stub.GetStep(
             round_pb2.GetStepRequest(round=number, step="upload"), timeout=CALL_SECONDS
         ).request
-        self.protector: Any = self.machine.begin_upload(request)
+        self.protector = self.machine.begin_upload(request)
         encoder = VectorEncoder(
             fed.vector,
             EXPONENTS,
@@ -128,7 +133,7 @@ class HeMember(ScriptedMember):
                 self.stub.Upload(chunks(begun.slot, bulk), timeout=CALL_SECONDS)
             return "retry" if answer == "retry_after_ms" else ACCEPTED
         except grpc.RpcError as error:
-            reason = reason_of(error)
+            reason: str = reason_of(error)
             if not reason:
                 raise
             return reason
@@ -180,9 +185,13 @@ class HeFederation:
     def hostile(self) -> list[HeMember]:
         return self.members[self.honest_count :]
 
-    @property
-    def parameters(self) -> Any:
+    @cached_property
+    def parameters(self) -> CipherParameters:
         return restore_parameters(self.key.parameters, self.key.bits, self.key.n_max, minimum_security=112)
+
+    @cached_property
+    def cipher(self) -> MemberCipher:
+        return member_cipher(self.parameters, self.pair.public, self.pair.secret)
 
     def connect(self, enrolment_port: int, member_port: int, ca_pem: bytes) -> None:
         """Connect everyone again, to a server that came back."""

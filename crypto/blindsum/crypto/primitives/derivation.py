@@ -9,6 +9,7 @@ import hmac
 import os
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -20,11 +21,19 @@ system_random: Random = os.urandom
 
 VERSION = b"blindsum/v1/"
 
+_length = struct.Struct("<Q").pack
+
 
 def labelled(label: str, *fields: bytes) -> bytes:
     """The unambiguous bytes of a label and its fields: what is hashed, signed or derived from."""
-    parts = [VERSION + label.encode("ascii"), *fields]
-    return b"".join(struct.pack("<Q", len(part)) + part for part in parts)
+    return b"".join((_prefix(label), *(part for field in fields for part in (_length(len(field)), field))))
+
+
+@lru_cache(maxsize=256)
+def _prefix(label: str) -> bytes:
+    """A label as `labelled` writes it: there are few, and they are written 100,000 times a round."""
+    name = VERSION + label.encode("ascii")
+    return _length(len(name)) + name
 
 
 def labelled_hash(label: str, *fields: bytes) -> bytes:
