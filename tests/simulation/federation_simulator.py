@@ -22,7 +22,7 @@ What must hold is checked at every message that an honest member sends and every
 import gc
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, Literal, get_args
 
@@ -74,7 +74,7 @@ BENIGN = ("ask", "deliver", "drop", "duplicate", "repeat", "exchange", "die", "r
 
 LIES = (
     "flip", "swap", "redirect", "replay", "other_round", "fork", "lose_state", "leave", "close", "result",
-    "count_twice", "leave_out", "shift", "false_bitmap", "mixed_reveal",
+    "count_twice", "leave_out", "shift", "forget", "false_bitmap", "mixed_reveal",
     "rogue_confirm", "rogue_reveal", "rogue_shares", "rogue_complain", "rogue_name",
 )  # fmt: skip
 """What a server that lies, rogues, and members that lose their state do."""
@@ -142,6 +142,7 @@ class SimulatedMember:
     h1: bytes = b""
     dies: Death | None = None
     gone: bool = False
+    begun: bool = False
     cut: bool = False
     """Whether it died in its upload, so that it can't send one any more (masking)."""
     incarnation: int = 0
@@ -171,7 +172,8 @@ class _Died(Exception):
 class Simulation:
     """One round of a federation. `seed` decides all randomness of the machines.
 
-    `rogues` are the members that the server can sign for. `earlier` are messages of another round.
+    `rogues` are the members that the server can sign for. `earlier` are messages of another round. A
+    server that doesn't mind smaller cohorts than the header says goes by `server_n_min`.
     """
 
     def __init__(
@@ -181,6 +183,7 @@ class Simulation:
         seed: str = "simulation",
         rogues: Collection[str] = (),
         earlier: Sequence[Message] = (),
+        server_n_min: int | None = None,
         make_member: Callable[[str, int], MemberRound] | None = None,
     ) -> None:
         self.federation = federation
@@ -190,7 +193,12 @@ class Simulation:
         self.earlier = earlier
         self.inputs = simulated_inputs(federation)
         self._make = make_member or self._new_machine
-        self.views = [View(federation.scheme.aggregator(federation.terms))]
+        self._server_terms = federation.terms
+        if server_n_min is not None:
+            lower = federation.with_header(n_min=server_n_min).header
+            bound = replace(federation.terms.bound, header=lower)
+            self._server_terms = replace(federation.terms, bound=bound)
+        self.views = [View(federation.scheme.aggregator(self._server_terms))]
         self.network: list[Message] = []
         self.archive: list[Message] = []
         self._confirmations: list[Message] = []
@@ -222,6 +230,8 @@ class Simulation:
         if view.machine.abort is not None and not view.machine.abort.reason:
             raise BrokenInvariant("the round was aborted without a reason")
         self.publish(view)
+        if view.honest and view.machine.abort is None:
+            self._check_served(view)
         return view
 
     def finish_step(self, view: View, absent: Collection[str] = ()) -> None:
@@ -356,11 +366,14 @@ class Simulation:
             raise _Died(dies)
         self._store(member)
         member.requests["upload"] = request
+        if self.masking and member.begun:
+            raise BrokenInvariant(f"{member.name} masked a second vector with the same masks")
+        member.begun = True
         frames = self._protected(started, member.name)
         member.h1 = started.h1
         if dies == "in_upload":
             member.cut = True
-            member.emitted += frames[: len(frames) - 1]
+            member.emitted += frames
             raise _Died(dies)
         member.frames = frames
         if dies == "before_sealing":
@@ -469,7 +482,7 @@ class Simulation:
         self._note("closed", machine.step, abort.reason if abort else "", *sorted(machine.named))
 
     def _replayed(self, view: View) -> AggregatorRound:
-        machine = self.federation.scheme.aggregator(self.federation.terms)
+        machine = self.federation.scheme.aggregator(self._server_terms)
         for event in view.history:
             if event is None:
                 machine.close()
@@ -574,6 +587,17 @@ class Simulation:
             self.views.append(
                 View(self._replayed(view), list(view.history), list(view.uploads), honest=view.honest)
             )
+
+    def _do_forget(self, a: int, _b: int, view: View) -> None:
+        """The server pretends never to have had a member's reply to the open step."""
+        name = self._pick(a).name
+        if view.machine.step is None or name not in view.machine.replied:
+            return
+        last = max(i for i, event in enumerate(view.history) if event is not None and event[0] == name)
+        del view.history[last]
+        if view.machine.step == "upload":
+            view.uploads = [upload for upload in view.uploads if upload[0] != name]
+        view.machine = self._replayed(view)
 
     def _do_result(self, a: int, _b: int, view: View) -> None:
         if view.machine.step is None and view.machine.abort is None:
@@ -694,12 +718,14 @@ class Simulation:
         row = machine._table[machine._positions[name]]
         cohort = machine._known
         found: dict[str, bytes] = {}
-        for message in self._confirmations[b % 4 :] + self._confirmations:
+        # Those that confirmed this view's survivors first; others fill up.
+        here = {event for event in view.history if event is not None}
+        for message in sorted(self._confirmations, key=lambda m: (m.member, m.payload) not in here):
             found.setdefault(message.member, message.payload)
         for rogue in self.rogues:
             found[rogue] = self._rogue_confirmation(rogue, machine)
         signers = np.array([cohort.id(position) in found for position in row.tolist()])
-        if b & 8 and signers.any():
+        if b % 8 == 7 and signers.any():
             signers[np.flatnonzero(signers)[-1]] = False
         ids = [cohort.id(position) for position in row[signers].tolist()]
         signatures = b"".join(msgspec.msgpack.decode(found[each])[1] for each in ids)
@@ -835,6 +861,18 @@ class Simulation:
         for other in others:
             if self.masking and other.survivors != survivors:
                 raise BrokenInvariant(f"{member.name} accepted {survivors}, others {other.survivors}")
+
+    def _check_served(self, view: View) -> None:
+        """Of a round that finished honestly everyone has the sum who took part to its end."""
+        closes = [i for i, event in enumerate(view.history) if event is None]
+        last = view.history[closes[-2] + 1 if len(closes) > 1 else 0 :]
+        for name, _ in filter(None, last):
+            member = self.members[name]
+            if member.gone or member.accepted is not None or not self._honest(member):
+                continue
+            if self.masking and getattr(member.machine, "_phase", "") != "done":
+                continue  # it lost its state since, or was lied to
+            raise BrokenInvariant(f"{name} took part to the end of an honest round and has no sum")
 
     def _learn_shares(self, member: SimulatedMember) -> None:
         """Notes the secrets that a masking member holds while it uploads."""

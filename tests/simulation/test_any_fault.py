@@ -137,6 +137,52 @@ def test_two_stories_never_become_two_sums(setting: tuple[int, int], step: int, 
     run_masking(*setting, [*equivocation(step), *ops], rogues=True)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(((5, 333), (6, 333), (8, 125), (9, 222))),
+    st.integers(0, 255),
+    st.lists(st.integers(0, 1), min_size=9, max_size=9),
+    st.lists(st.integers(0, 8), min_size=1, max_size=2),
+)
+@example((8, 125), 6, [0, 0, 0, 1, 1, 1, 1, 0, 0], [6])
+def test_two_survivor_sets_never_open_one_member(
+    setting: tuple[int, int], order: int, halves: list[int], dropped: list[int]
+) -> None:
+    """The strongest split: all upload, one story drops some, each member confirms the story it is told,
+    rogues confirm both, and everyone is asked to reveal with the best signatures there are."""
+    size = setting[0]
+    everyone = [(a + order) % size for a in range(size)]
+    rogue = [Operation(kind, a, c=c) for c in (0, 1) for a in range(2) for kind in ("rogue_confirm",)]
+    run_masking(
+        *setting,
+        [
+            *[Operation("step")] * 2,
+            *(Operation("exchange", a) for a in everyone),
+            Operation("fork"),
+            *(Operation("forget", a, c=1) for a in dropped),
+            *[Operation("close"), Operation("close", c=1)],
+            *rogue,
+            *(Operation("exchange", a, c=half) for a, half in zip(everyone, halves, strict=False)),
+            *(Operation("mixed_reveal", a, c=half) for a, half in zip(everyone, halves, strict=False)),
+        ],
+        rogues=True,
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=3), st.sampled_from([1, 2, 3]))
+def test_fewer_than_n_min_are_never_a_sum(absent: list[int], step: int) -> None:
+    """The server would go on with three; members that were promised eight don't."""
+    federation = make_federation(MASKING, 8, fields=FIELDS, gamma=0, n_min=8)
+    simulation = Simulation(federation, server_n_min=3)
+    simulation.run([Operation("step")] * step)
+    simulation.run(Operation("leave", a) for a in absent)
+    simulation.settle()
+    simulation.end()
+    # Whoever has uploaded is in the survivor set, even if it leaves then.
+    assert bool(simulation.accepted()) == (step == 3)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(SIZES), st.lists(operation(LIES), min_size=1, max_size=12))
 def test_lies_about_the_result_are_never_accepted(setting: tuple[int, int], ops: list[Operation]) -> None:

@@ -1,9 +1,12 @@
 """The server: two listeners, the engines, and what they stand on; start, readiness, stop."""
 
 import asyncio
+import fcntl
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -86,6 +89,7 @@ class AggregatorServer:
                     f"others may read {settings.data_dir}, where the transport authority's key lives; "
                     "run chmod 700 on it"
                 )
+            self._opened.callback(os.close, _lock(settings.data_dir))
             self._authority = TransportAuthority(settings.data_dir / "authority")
         except OSError as error:
             raise StorageFailed(f"{settings.data_dir} can't be used: {error.strerror}") from error
@@ -234,3 +238,16 @@ class AggregatorServer:
             await engine.stop()
         # The executor first, then the workers, then the state that both write to.
         self._opened.close()
+
+
+def _lock(directory: Path) -> int:
+    """Take a data directory for this process; the lock goes with the descriptor, however the process ends."""
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BlindsumError(
+            f"{directory} is in use by another server; stop that one, or give this one a directory of its own"
+        ) from None
+    return descriptor
