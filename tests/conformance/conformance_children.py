@@ -36,7 +36,7 @@ def serve(connection: Connection, arguments: list[str], log: Path) -> None:
     """`blindsum serve` with these arguments; its log goes to a file."""
     _end_with_parent(connection)
     sys.stderr = log.open("a", buffering=1)
-    sys.stdout = _Pipe(connection)  # type: ignore[assignment]
+    sys.stdout = _Pipe(connection)
     sys.argv = ["blindsum serve", *arguments, "--ready-file", "-"]
     commands.main()
 
@@ -66,11 +66,13 @@ def point_of(phase: str, done: int, total: int) -> str:
     return phase
 
 
-def update_of(member: str, index: int, size: int) -> Array:
-    """What a member adds to the weights in a round: smooth, its own, another each round."""
+def add_update(flat: Array, member: str, index: int) -> None:
+    """Train: add to the weights what is smooth, the member's own, another each round; in little memory."""
     number = int(member.rpartition("-")[2])
-    steps = np.arange(size, dtype=np.float32)
-    return np.asarray(np.sin(steps / np.float32(7 + number)) * np.float32(0.03 * index), np.float32)
+    for start in range(0, flat.size, 65_536):
+        part = flat[start : start + 65_536]
+        steps = np.arange(start, start + part.size, dtype=np.float32)
+        part += np.sin(steps / np.float32(7 + number)) * np.float32(0.03 * index)
 
 
 class App:
@@ -119,7 +121,7 @@ class App:
         weights = rnd.weights()
         name = next(iter(weights))
         flat = weights.pop(name).reshape(-1)
-        flat += update_of(self._member.name, rnd.index, flat.size)
+        add_update(flat, self._member.name, rnd.index)
         receipt = rnd.submit({name: flat}, examples=10 * rnd.index, metrics={"loss": 1 / rnd.index})
         self._tell("receipt", receipt.round, receipt.survivors)
 

@@ -5,8 +5,6 @@ from pathlib import Path
 from process_federation import PATIENCE, ProcessFederation
 
 
-
-
 def test_a_second_server_on_the_same_data_is_refused(tmp_path: Path) -> None:
     with ProcessFederation(tmp_path, scheme="masking", size=101, rounds=1) as federation:
         second = federation.serve((0, 0), "second.log")

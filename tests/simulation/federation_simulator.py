@@ -32,6 +32,7 @@ from blindsum.crypto.canonical import encode_message
 from blindsum.crypto.encoding.sum_check import PRIMES, SumCheck, join, split, tag_limbs
 from blindsum.crypto.encoding.vector import summed_bits
 from blindsum.crypto.errors import BlindsumError, RefusalReason, Refused, ServerViolation, SumCheckFailed
+from blindsum.crypto.primitives.secret_sharing import SHARE_BYTES
 from blindsum.crypto.schemes.base import (
     AggregatorRound,
     Complaint,
@@ -52,7 +53,6 @@ from blindsum.crypto.schemes.masking.messages import (
     COMMITMENTS_BYTES,
     CONTENT_BYTES,
     OPENED_BYTES,
-    SHARE_BYTES,
     BoxComplaint,
     Confirmation,
     ConfirmRequest,

@@ -116,7 +116,9 @@ def play(members: int, drop_every: int = 50) -> LargeRound:
     assert d.aggregator.abort is None, d.aggregator.abort
     survivors = [name for name in federation.members if name not in gone]
     assert list(d.aggregator.survivors) == survivors
-    expected = np.sum([own_bit(federation, order[name]) for name in survivors], axis=0, dtype=np.uint64)
+    expected: NDArray[np.uint64] = np.zeros(PARAMETERS, dtype=np.uint64)
+    for name in survivors:
+        expected += own_bit(federation, order[name])
     with clock.of("aggregator"):
         d.published()
     exact = all(_checked(federation, d, name, expected) for name in (survivors[0], survivors[-1], min(gone)))

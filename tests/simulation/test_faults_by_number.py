@@ -4,10 +4,11 @@ import msgspec
 import numpy as np
 import pytest
 from blindsum.crypto.canonical import decode_message, encode_message
+from blindsum.crypto.encoding.quantise import WEIGHT_UNITS
 from blindsum.crypto.encoding.sum_check import SumCheck, split, tag_limbs
-from blindsum.crypto.encoding.vector import WEIGHT_UNITS, VectorDecoder, VectorEncoder, VectorPlan
+from blindsum.crypto.encoding.vector import VectorDecoder, VectorEncoder, VectorPlan
 from blindsum.crypto.errors import BlindsumError, OpeningFailed, ServerViolation
-from blindsum.crypto.schemes.base import StepName
+from blindsum.crypto.schemes.base import MemberRound, StepName
 from blindsum.crypto.schemes.masking import scheme as masking_scheme
 from blindsum.crypto.schemes.masking.messages import OPENED_BYTES, Revealed
 from blindsum.crypto.trust.plan import Encoding
@@ -134,7 +135,7 @@ def test_fault_27_a_member_with_another_state_takes_no_part() -> None:
     federation = make_federation(MASKING, 8, fields=14, gamma=0)
     strayed = federation.with_header(state=b"\x01" * 32)
 
-    def make(name: str, incarnation: int):
+    def make(name: str, incarnation: int) -> MemberRound:
         terms = strayed.terms if name == VICTIM else federation.terms
         return MASKING.member(terms, federation.keys[name], seeded(f"{name} {incarnation}"))
 

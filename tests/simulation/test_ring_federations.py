@@ -45,7 +45,7 @@ def neighbours_of_the_first(view: View) -> list[str]:
 @pytest.mark.parametrize("short", [0, 1])
 def test_fault_41_exactly_t_neighbours_and_one_fewer(step: StepName, short: int) -> None:
     """All but t, or t - 1, of one member's neighbours leave: the exact sum, or an abort with its reason."""
-    s = Simulation(ring(64))
+    s = Simulation(ring(61))
     view = s.views[0]
     for _ in range(MASKING.steps.index(step)):
         s.finish_step(view)
@@ -69,11 +69,11 @@ def test_fault_41_exactly_t_neighbours_and_one_fewer(step: StepName, short: int)
 
 
 @pytest.mark.usefixtures("_small_rings")
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(st.integers(0, 2**32))
 def test_no_fault_gives_a_false_sum_on_a_ring(number: int) -> None:
-    """What must hold is checked at every message and sum; three rogues of at most 5 % of 64."""
-    s = Simulation(ring(64), rogues=["m0003", "m0020", "m0050"])
+    """What must hold is checked at every message and sum; three rogues of at most 5 % of 61."""
+    s = Simulation(ring(61), rogues=["m0003", "m0020", "m0050"])
     s.run(operations(f"ring {number}", 30, KINDS))
     s.settle()
     s.end()

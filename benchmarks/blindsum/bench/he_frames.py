@@ -2,8 +2,8 @@
 
 Rates are parameters in a CPU second of the role: encrypting counts making frames from integers (the
 median member), aggregating checking and adding all frames of all members, decrypting opening all frames
-of the sum. Contexts, keys and paillier's tables are apart (`member_cpu_s`, the whole round of a member, has
-them in). Each run has a fresh key.
+of the sum. Contexts, keys and paillier's tables, made once a process and key, are apart. Each run has a
+fresh key.
 """
 
 import sys
@@ -79,9 +79,6 @@ def _figures(federations: list[Federation], costs: list[RoundCost]) -> dict[str,
     dimension = work.dimension
     protect = min(median(cost.members[name].protect_cpu_s for name in cost.survivors) for cost in costs)
     tables = min(one.table_cpu_s for one in federations)
-    if work.scheme == "paillier":
-        # A member's first frame makes the tables.
-        protect = max(protect - tables, protect / 10)
     aggregate = min(cost.aggregate_cpu_s for cost in costs)
     best = costs[0]
     layout = scheme(work.scheme).bulk_layout(federation.terms)

@@ -9,7 +9,9 @@ factors and works modulo p^2 and q^2.
 phe is GPL-3.0: nothing but this module imports it.
 """
 
+import threading
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
@@ -133,8 +135,24 @@ class _FixedBase:
         return result
 
 
+_making_tables = threading.Lock()
+
+
+@lru_cache(maxsize=2)
+def _fixed_base(base: Integer, modulus: Integer, exponent_bytes: int) -> _FixedBase:
+    """The table of a base: made once a process and key, not once a round.
+
+    Both tables of the key used last are kept (40 MB at 3072 bits). They are as secret as the key, which
+    a member keeps as well; another key's tables replace them.
+    """
+    return _FixedBase(base, modulus, exponent_bytes)
+
+
 class PaillierMember:
-    """A key holder of paillier. Exact: `max_error` stays 0. Opens the table (seconds) on first use."""
+    """A key holder of paillier. Exact: `max_error` stays 0.
+
+    The first use of a key in a process makes its tables, half a CPU second at 3072 bits.
+    """
 
     def __init__(
         self,
@@ -178,7 +196,8 @@ class PaillierMember:
         if self._bases is None:
             h_s, (p2, q2) = self._public.h_s, self._moduli
             size = self._exponent_bytes
-            self._bases = (_FixedBase(h_s % p2, p2, size), _FixedBase(h_s % q2, q2, size))
+            with _making_tables:  # several threads may need them first; one makes them
+                self._bases = (_fixed_base(h_s % p2, p2, size), _fixed_base(h_s % q2, q2, size))
         p2, q2 = self._moduli
         r = self._random(self._exponent_bytes)
         by_p, by_q = (base.power(r) for base in self._bases)
