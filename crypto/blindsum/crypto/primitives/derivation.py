@@ -26,7 +26,10 @@ _length = struct.Struct("<Q").pack
 
 def labelled(label: str, *fields: bytes) -> bytes:
     """The unambiguous bytes of a label and its fields: what is hashed, signed or derived from."""
-    return b"".join((_prefix(label), *(part for field in fields for part in (_length(len(field)), field))))
+    parts = [_prefix(label)]
+    for field in fields:
+        parts += _length(len(field)), field
+    return b"".join(parts)
 
 
 @lru_cache(maxsize=256)

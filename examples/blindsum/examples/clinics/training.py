@@ -27,7 +27,7 @@ class TrainingPlan:
     """
 
     rounds: int = 25
-    steps: int = 36
+    steps: int = 24
     batch: int = 16
     momentum: float = 0.9
     weight_decay: float = 5e-3
