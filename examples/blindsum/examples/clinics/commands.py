@@ -102,7 +102,7 @@ def _say_estimate(console: Console, rounds: int, shared_ways: int) -> None:
 def _show(console: Console, outcome: Outcome, out: Path) -> None:
     ways = [way for way in WAYS if all(way in site.accuracy for site in outcome.sites)]
     table = Table(title="Balanced accuracy on the test images, %")
-    table.add_column("site")
+    table.add_column("site", no_wrap=True)
     table.add_column("images", justify="right")
     for way in ways:
         table.add_column(WAY_TITLES[way], justify="right")
