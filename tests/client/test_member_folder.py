@@ -1,5 +1,6 @@
 import os
 import stat
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,30 @@ def test_states_are_adopted_or_dropped_whole(tmp_path: Path) -> None:
         assert folder.state_mark("current") == new
         assert folder.read_state(new) == b"new"
         assert not (tmp_path / "m" / old.file_name).exists()
+
+
+def test_a_state_adopted_while_older_ones_are_dropped_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Found by a demo: the other thread adopted the new state between the two marks that dropping looks at.
+    with make(tmp_path / "m") as folder:
+        old, new = StateMark(bytes(32), 1, b"a" * 32, 3), StateMark(bytes(32), 2, b"b" * 32, 4)
+        folder.keep_state("current", old, [b"old"])
+        adopting = threading.Thread(target=folder.adopt_pending)
+        read, main = folder.state_mark, threading.get_ident()
+
+        def state_mark(name: str) -> StateMark | None:
+            found = read(name)
+            if name == "current" and threading.get_ident() == main and not adopting.ident:
+                adopting.start()
+                adopting.join(0.5)
+            return found
+
+        monkeypatch.setattr(folder, "state_mark", state_mark)
+        folder.keep_state("pending", new, [b"new"])
+        adopting.join()
+        assert folder.state_mark("current") == new
+        assert folder.read_state(new) == b"new"
 
 
 def test_local_tensors_come_back(tmp_path: Path) -> None:

@@ -373,9 +373,11 @@ class MemberFolder:
 
     def keep_state(self, name: str, mark: StateMark, pieces: Iterable[bytes | memoryview]) -> None:
         """Write a training state and make it the "current" or the "pending" one."""
-        write_private(self.path / mark.file_name, pieces)
-        self.keep(**{name: encode_message(mark)})
-        self._drop_states()
+        # One at a time: another thread may adopt this very state, and what is dropped follows from both marks.
+        with self._mutex:
+            write_private(self.path / mark.file_name, pieces)
+            self.keep(**{name: encode_message(mark)})
+            self._drop_states()
 
     def read_state(self, mark: StateMark) -> bytearray:
         """The bytes of a stored training state."""
@@ -383,17 +385,19 @@ class MemberFolder:
 
     def adopt_pending(self) -> None:
         """The pending state becomes the current one."""
-        self.keep(current=self.fact("pending"), pending=b"")
-        self._drop_states()
+        with self._mutex:
+            self.keep(current=self.fact("pending"), pending=b"")
+            self._drop_states()
 
     def drop_pending(self) -> None:
         """Forget the pending state and the receipt of its round: the round was aborted after all."""
-        mark = self.state_mark("pending")
-        if mark is not None:
-            with self.transaction():
-                self._db.execute("DELETE FROM receipt WHERE number = ?", (mark.round,))
-                self.keep(pending=b"")
-            self._drop_states()
+        with self._mutex:
+            mark = self.state_mark("pending")
+            if mark is not None:
+                with self.transaction():
+                    self._db.execute("DELETE FROM receipt WHERE number = ?", (mark.round,))
+                    self.keep(pending=b"")
+                self._drop_states()
 
     def _drop_states(self) -> None:
         marks = (self.state_mark("current"), self.state_mark("pending"))
