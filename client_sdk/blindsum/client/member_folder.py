@@ -373,7 +373,7 @@ class MemberFolder:
 
     def keep_state(self, name: str, mark: StateMark, pieces: Iterable[bytes | memoryview]) -> None:
         """Write a training state and make it the "current" or the "pending" one."""
-        # One at a time: another thread may adopt this very state, and what is dropped follows from both marks.
+        # One at a time: another thread may adopt this very state, and both marks say what is dropped.
         with self._mutex:
             write_private(self.path / mark.file_name, pieces)
             self.keep(**{name: encode_message(mark)})
