@@ -12,6 +12,7 @@ a homomorphic library, and has no key that could open anything.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import numpy as np
 from blindsum.crypto.errors import RefusalReason, Refused
@@ -25,7 +26,6 @@ from blindsum.crypto.schemes.homomorphic.cipher import (
     seed_digest,
 )
 
-_GROUP = 64
 # numpy shifts by an array without dimensions faster than by a number.
 _SHIFTS = tuple(np.array(by, np.uint64) for by in range(64))
 _NONCE_BYTES = 32
@@ -37,13 +37,14 @@ Polynomials = list[Words]
 def pack_bits(values: Words, width: int) -> bytes:
     """Values below 2^width, their count a multiple of 64, in exactly `width` bits each.
 
-    Values are taken as 64 rows; bit after bit, the rows of a column fill `width` words of that column,
-    so that each step is one operation on a whole row.
+    Values are taken as g = 64 / gcd(64, width) rows, the fewest that fill whole words; bit after bit, the
+    rows of a column fill g * width / 64 words of that column, so that each step is one operation on a row.
     """
-    rows = values.reshape(_GROUP, -1)
-    words = np.zeros((width, rows.shape[1]), "<u8")
+    group, filled = _shape(width)
+    rows = values.reshape(group, -1)
+    words = np.zeros((filled, rows.shape[1]), "<u8")
     shifted = np.empty(rows.shape[1], np.uint64)
-    for i in range(_GROUP):
+    for i in range(group):
         word, offset = divmod(i * width, 64)
         np.left_shift(rows[i], _SHIFTS[offset], shifted)
         np.bitwise_or(words[word], shifted, words[word])
@@ -54,18 +55,27 @@ def pack_bits(values: Words, width: int) -> bytes:
 
 def unpack_bits(packed: memoryview | bytes, width: int) -> Words:
     """The inverse of `pack_bits`; a flat array."""
-    words = np.frombuffer(packed, "<u8").reshape(width, -1)
-    rows = np.empty((_GROUP, words.shape[1]), np.uint64)
+    group, filled = _shape(width)
+    words = np.frombuffer(packed, "<u8").reshape(filled, -1)
+    rows = np.empty((group, words.shape[1]), np.uint64)
     shifted = np.empty(words.shape[1], np.uint64)
     mask = np.array((1 << width) - 1, np.uint64)
-    for i in range(_GROUP):
+    for i in range(group):
+        row = rows[i]
         word, offset = divmod(i * width, 64)
-        np.right_shift(words[word], _SHIFTS[offset], rows[i])
+        np.right_shift(words[word], _SHIFTS[offset], row)
         if offset + width > 64:
             np.left_shift(words[word + 1], _SHIFTS[64 - offset], shifted)
-            np.bitwise_or(rows[i], shifted, rows[i])
-        np.bitwise_and(rows[i], mask, rows[i])
+            np.bitwise_or(row, shifted, row)
+        if offset + width != 64:
+            np.bitwise_and(row, mask, row)
     return rows.ravel()
+
+
+def _shape(width: int) -> tuple[int, int]:
+    """Rows of values, and of the words that they fill."""
+    group = 64 // gcd(64, width)
+    return group, group * width // 64
 
 
 def pack_polynomials(residues: Sequence[Words], primes: Sequence[int]) -> bytes:
