@@ -34,7 +34,7 @@ from blindsum.aggregator.store.records import (
 from blindsum.aggregator.store.state import Advance, Append, Change, Insert, Put, StorageFailed
 from blindsum.aggregator.structured_logs import logger
 from blindsum.crypto.canonical import decode_document
-from blindsum.crypto.errors import BlindsumError, RefusalReason, Refused
+from blindsum.crypto.errors import BlindsumError, PolicyViolation, RefusalReason, Refused
 from blindsum.crypto.primitives.derivation import labelled_hash
 from blindsum.crypto.primitives.signing import require_signature
 from blindsum.crypto.schemes.base import Scheme
@@ -103,6 +103,7 @@ class FederationEngine:
         self._not_before_ms = 0
         self._gathering_since: int | None = None
         self._ready_at_pause: frozenset[str] = frozenset()
+        self._epochs: dict[bytes, int] = {}
         self._checkpoint: CheckpointRecord | None = None
         """The published round's sealed state, durable but not agreed on yet."""
         self._keeper = ""
@@ -125,7 +126,7 @@ class FederationEngine:
     async def start(self) -> None:
         """Take up where the stored state is, and go on."""
         self.load_documents()
-        newest = self._around.store.find(RoundRecord, federation=self.federation)
+        newest = self._rounds()
         self._last_number = newest[-1].number if newest else 0
         for row in reversed(newest):
             if row.state == CONCLUDED:
@@ -135,6 +136,7 @@ class FederationEngine:
         if newest:
             self._exclude_next = frozenset(filter(None, newest[-1].exclude_next.split(" ")))
             await self._restore_round(newest[-1])
+        await self._in_thread(self._clean_up)
         self._task = asyncio.get_running_loop().create_task(self._drive())
 
     async def stop(self) -> None:
@@ -189,10 +191,18 @@ class FederationEngine:
         return max(rows, key=lambda row: row.state_round, default=None)
 
     async def _restore_round(self, record: RoundRecord) -> None:
-        run = self._make_run(record, BoundHeader.parse(record.header))
+        try:
+            bound = BoundHeader.parse(record.header)
+        except Refused as error:
+            raise StorageFailed(
+                f"the stored header of round {record.number} is damaged ({error.text}); restore a backup"
+            ) from error
+        run = self._make_run(record, bound)
         self.run = run
         try:
-            await run.rebuild()
+            await run.rebuild(first=True)
+        except StorageFailed:
+            raise
         except BlindsumError as error:
             if record.state == OPEN:
                 run.failure = error
@@ -203,6 +213,19 @@ class FederationEngine:
                 CheckpointRecord, federation=self.federation, chain=record.chain, round=record.number
             )
             self._checkpoint = found[0] if found else None
+        if record.state in (OPEN, PUBLISHED) and run.failure is None:
+            # The owner may have published in the moment before this server went down.
+            in_force = self.documents
+            changed = [
+                name
+                for name, bound_to, now in (
+                    ("policy", bound.header.policy, in_force.policy_digest),
+                    ("plan", bound.header.plan, in_force.plan_digest),
+                )
+                if bound_to != now
+            ]
+            if changed:
+                run.failure = BlindsumError(f"the owner published another {changed[0]}")
 
     def _make_run(self, record: RoundRecord, bound: BoundHeader) -> RoundRun:
         header = bound.header
@@ -309,7 +332,31 @@ class FederationEngine:
             return "roster or policy has expired; the owner has to renew it"
         if plan.policy != documents.policy_digest:
             return "the plan was made under another policy; the owner has to sign it anew"
+        if self.state.roster and self._epoch(self.state.roster) != documents.roster.epoch:
+            return "the group key has changed; the owner has to sign the plan anew under it"
+        try:
+            plan.cohort_floor(documents.policy, len(documents.roster.members))
+        except PolicyViolation as violation:
+            return str(violation)
         return ""
+
+    def _epoch(self, roster: bytes) -> int:
+        """The key epoch of the roster with this digest, under which a training state was agreed on."""
+        if roster not in self._epochs:
+            self._epochs[roster] = decode_document(self._body(roster), rosters.Roster, "the roster").epoch
+        return self._epochs[roster]
+
+    def waits_for(self) -> str:
+        """Why no round runs, in words for people; empty while one runs."""
+        if self.run is not None and self.run.record.state in (OPEN, PUBLISHED):
+            return ""
+        documents, plan = self.documents, self.documents.plan
+        reason = self._not_due(self._around.clock.now_ms()) or self.paused
+        if reason or documents.roster is None or documents.policy is None or plan is None:
+            return reason
+        floor = plan.cohort_floor(documents.policy, len(documents.roster.members))
+        ready = len(self.eligible())
+        return f"{ready} of at least {floor} members are ready" if ready < floor else ""
 
     @property
     def plan_finished(self) -> bool:
@@ -337,7 +384,9 @@ class FederationEngine:
                 return None
             # Somebody came or went: one more attempt.
             self.paused, self._aborts = "", self._settings.aborts_before_pause - 1
-        if len(eligible) < plan.cohort_min:
+        assert self.documents.policy is not None
+        assert self.documents.roster is not None
+        if len(eligible) < plan.cohort_floor(self.documents.policy, len(self.documents.roster.members)):
             self._gathering_since = None
             return None
         if self._gathering_since is None:
@@ -388,7 +437,12 @@ class FederationEngine:
 
     async def _advance_open(self, run: RoundRun) -> int | None:
         if run.stale and run.failure is None:
-            await run.rebuild()
+            try:
+                await run.rebuild()
+            except StorageFailed:
+                raise
+            except BlindsumError as error:
+                run.failure = error
         if run.failure is not None:
             return await self._abort(run, str(run.failure))
         removed = self._removed(run)
@@ -501,6 +555,10 @@ class FederationEngine:
         state = max(by_state, key=lambda digest: len(by_state[digest]))
         return state, by_state[state]
 
+    def _has_checkpoint(self, state: bytes) -> bool:
+        """Whether the sealed state is here; one that was led by a single early signature doesn't count."""
+        return self._checkpoint is not None and self._checkpoint.state == state
+
     def _agreed(self, run: RoundRun) -> bool:
         survivors = len(run.survivors)
         _, signed = self.leading_state(run)
@@ -515,7 +573,7 @@ class FederationEngine:
         now = self._around.clock.now_ms()
         state, signed = self.leading_state(run)
         agreed = self._agreed(run)
-        if agreed and self._checkpoint is not None and self._checkpoint.state == state:
+        if agreed and self._has_checkpoint(state):
             return await self._conclude(run, now)
         heard = len(run.conclusions)
         undecided = len(run.survivors) - heard
@@ -538,7 +596,7 @@ class FederationEngine:
     def _choose_keeper(self, now: int, signed: list[ConclusionRecord]) -> int | None:
         """Ask one survivor for the checkpoint; when to ask another one."""
         names = [row.member for row in signed]
-        if not names or self._checkpoint is not None:
+        if not names or self._has_checkpoint(signed[0].state):
             return None
         patience = int(1000 * self._settings.stall_seconds)
         if self._keeper in names:
@@ -564,7 +622,7 @@ class FederationEngine:
         return (
             run is not None
             and run.record.state == PUBLISHED
-            and self._checkpoint is None
+            and not self._has_checkpoint(self.leading_state(run)[0])
             and self._keeper == member
         )
 
@@ -627,6 +685,24 @@ class FederationEngine:
             await asyncio.get_running_loop().run_in_executor(self._around.executor, work, *arguments)
         except StorageFailed as error:
             self._log.error("cleaning up failed", text=str(error))
+
+    def _clean_up(self) -> None:
+        """Delete what ended rounds left when the server went down before it could. Blocks."""
+        states = {row.number: row.state for row in self._rounds()}
+        start = self.federation.hex()[:32] + "."
+        for room in ("spool", "contribution", "sum", "result"):
+            for name in self._around.blobs.names(room):
+                if not name.startswith(f"{room}/{start}"):
+                    continue
+                number = name.removeprefix(f"{room}/{start}").partition(".")[0]
+                state = states.get(int(number)) if number.isdigit() else None
+                # A published round's spools may be checkpoints on the way, its result is what members get.
+                ended = state == ABORTED or (state in (PUBLISHED, CONCLUDED) and room != "result")
+                if ended and not (state == PUBLISHED and room == "spool"):
+                    self._around.blobs.delete(name)
+
+    def _rounds(self) -> list[RoundRecord]:
+        return self._around.store.find(RoundRecord, federation=self.federation)
 
     def _retire(self) -> None:
         """Delete published sums and checkpoints beyond those that are kept. Blocks."""
@@ -762,7 +838,7 @@ class FederationEngine:
             raise Refused(RefusalReason.CONFLICT, "most survivors signed another state")
         if not 0 < total <= checkpoint_limit(run.plan):
             raise Refused(RefusalReason.WRONG_SIZE, f"a checkpoint of this plan can't have {total} bytes")
-        return self._checkpoint is not None
+        return self._has_checkpoint(state)
 
     async def accept_checkpoint(
         self, member: str, number: int, state: bytes, total: int, sealed_digest: bytes

@@ -17,6 +17,7 @@ from blindsum.aggregator.native_workers import NativeWorkers, Terms
 from blindsum.aggregator.store.blobs import BlobStore, Reader
 from blindsum.aggregator.store.records import ContributionRecord, SumRecord
 from blindsum.aggregator.store.state import Change, Delete, Insert, Put, StateStore, StorageFailed
+from blindsum.aggregator.structured_logs import logger
 from blindsum.crypto.errors import BlindsumError
 from blindsum.crypto.schemes.base import AggregatorRound, BulkLayout, FrameArithmetic, frame_digest
 
@@ -68,7 +69,10 @@ def blob_prefix(federation: bytes, number: int) -> str:
 
 
 def contribution_name(federation: bytes, number: int, member: str, digest: bytes) -> str:
-    """Where an accepted upload lies; the digest keeps a different upload from replacing it."""
+    """Where an accepted upload lies; the digest keeps a different upload from replacing it.
+
+    While it comes, it has the same name in the room `spool`.
+    """
     return f"contribution/{blob_prefix(federation, number)}{member}.{digest.hex()}"
 
 
@@ -110,6 +114,7 @@ class Folder:
         self._sum: SumRecord | None = None
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        self._log = logger(part="folding", federation=federation.hex()[:16], round=number)
 
     @property
     def generation(self) -> int:
@@ -126,8 +131,14 @@ class Folder:
         """Who is accepted but not yet part of the sum."""
         return frozenset(record.member for record in self._waiting)
 
-    def restore(self) -> None:
-        """Take up a round after a restart: the committed sum and what isn't folded yet. Blocks."""
+    def restore(self, first: bool) -> None:
+        """Take up the committed sum and what isn't folded yet; `first`: in this process. Blocks.
+
+        Uploads without a row are then in the spool again: nobody was told that they are here, but what came
+        needn't come twice. Later on they are left alone, for their commits may be on the way.
+
+        Raises `StoredDamage` when the sum and its members don't belong together.
+        """
         sums = self._store.find(SumRecord, federation=self._federation, round=self._number)
         if sums:
             self._sum = sums[-1]
@@ -137,13 +148,26 @@ class Folder:
                 self._waiting.append(record)
             else:
                 self._members.append(record.member)
+        if sorted(self._members) != sorted(filter(None, sums[-1].members.split(" ") if sums else [])):
+            raise StoredDamage("the stored sum isn't that of the uploads that are marked as its members")
+        if first:
+            self._clean_up()
+
+    def _clean_up(self) -> None:
         kept = sum_name(self._federation, self._number, self._generation) if self._generation else ""
-        names = {self._contribution(record) for record in self._waiting}
         prefix = blob_prefix(self._federation, self._number)
-        for room in ("contribution", "sum"):
-            for name in self._blobs.names(room):
-                if name.startswith(f"{room}/{prefix}") and name != kept and name not in names:
-                    self._blobs.delete(name)
+        for name in self._blobs.names("sum"):
+            if name.startswith(f"sum/{prefix}") and name != kept:
+                self._blobs.delete(name)
+        waiting = {self._contribution(record) for record in self._waiting}
+        for name in self._blobs.names("contribution"):
+            if not name.startswith(f"contribution/{prefix}") or name in waiting:
+                continue
+            member = name.removeprefix(f"contribution/{prefix}").rpartition(".")[0]
+            if member in self._members:
+                self._blobs.delete(name)
+            else:
+                self._blobs.reopen(name, "spool/" + name.removeprefix("contribution/"))
 
     def _contribution(self, record: ContributionRecord) -> str:
         return contribution_name(self._federation, self._number, record.member, record.digest)
@@ -172,6 +196,9 @@ class Folder:
         try:
             while len(self._waiting) >= self._batch:
                 await self._fold(self._batch)
+        except StorageFailed as error:
+            # Nothing is lost: the next upload or the end of the round tries again.
+            self._log.error("uploads can't be added up at the moment", text=str(error))
         except BlindsumError as error:
             self._failed(error)
 
@@ -203,10 +230,14 @@ class Folder:
             await loop.run_in_executor(self._arithmetic.executor, self._drop, old, batch)
 
     def _drop(self, old: int, batch: list[ContributionRecord]) -> None:
-        if old:
-            self._blobs.delete(sum_name(self._federation, self._number, old))
-        for record in batch:
-            self._blobs.delete(self._contribution(record))
+        try:
+            if old:
+                self._blobs.delete(sum_name(self._federation, self._number, old))
+            for record in batch:
+                self._blobs.delete(self._contribution(record))
+        except StorageFailed as error:
+            # They go with the round.
+            self._log.error("uploads that were added up can't be deleted", text=str(error))
 
     def _write_sum(self, batch: list[ContributionRecord]) -> SumRecord:
         layout = self._layout
@@ -238,7 +269,8 @@ class Folder:
                 raise StoredDamage(f"an accepted upload or the sum is gone: {error}") from error
             following = self._generation + 1
             self._blobs.write(sum_name(self._federation, self._number, following), frames_of_sum())
-        return SumRecord(self._federation, self._number, following, b"".join(digests))
+        members = " ".join([*self._members, *(record.member for record in batch)])
+        return SumRecord(self._federation, self._number, following, b"".join(digests), members)
 
     def _frames(self, readers: list[Reader], batch: list[ContributionRecord], index: int) -> Iterator[bytes]:
         offset, length = index * self._layout.upload_frame, self._layout.upload_bytes(index)

@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from blindsum.aggregator.clock import Clock
-from blindsum.aggregator.folding import Folder, RoundArithmetic, blob_prefix
+from blindsum.aggregator.folding import DIGEST_BYTES, Folder, RoundArithmetic, StoredDamage, blob_prefix
 from blindsum.aggregator.native_workers import NativeWorkers, worker_terms
 from blindsum.aggregator.round_header import step_seconds
 from blindsum.aggregator.store.blobs import BlobStore
@@ -28,7 +28,7 @@ from blindsum.aggregator.store.records import (
 )
 from blindsum.aggregator.store.state import Change, Delete, Insert, StateStore
 from blindsum.crypto.errors import BlindsumError, RefusalReason, Refused
-from blindsum.crypto.schemes.base import AggregatorRound, RoundTerms, Scheme
+from blindsum.crypto.schemes.base import AggregatorRound, RoundTerms, Scheme, upload_digest
 from blindsum.crypto.trust.plan import Plan
 
 OPEN, PUBLISHED, CONCLUDED, ABORTED = "open", "published", "concluded", "aborted"
@@ -82,6 +82,7 @@ class RoundRun:
         self._changed = changed
         self._sequence = 0
         self._replies: dict[tuple[str, str], AcceptedReply] = {}
+        self._uploads: dict[str, bytes] = {}
         self._commits: set[asyncio.Future[None]] = set()
         self._seeds_committing: set[bytes] = set()
         self._closing = False
@@ -149,7 +150,9 @@ class RoundRun:
 
     async def wait_settled(self) -> None:
         """Wait while the machine is being moved."""
-        await self._settled.wait()
+        # Between its setting and this task's turn it may have been cleared again.
+        while not self._settled.is_set():
+            await self._settled.wait()
 
     def is_asked(self, member: str) -> bool:
         """Whether the open step waits for this member's reply."""
@@ -166,7 +169,7 @@ class RoundRun:
 
     async def request(self, member: str, step: str) -> bytes:
         """The open step's request for a member. Raises `Refused`."""
-        await self._settled.wait()
+        await self.wait_settled()
         self._require_open(member, step)
         return self.machine.request(member)
 
@@ -208,7 +211,7 @@ class RoundRun:
 
     async def answer(self, member: str, step: str, reply: bytes) -> bool:
         """Accept a reply to a message step; True if it was there already. Returns once it is durable."""
-        await self._settled.wait()
+        await self.wait_settled()
         if await self._known(member, step, reply):
             return True
         self._require_open(member, step)
@@ -220,7 +223,7 @@ class RoundRun:
 
     async def check_upload(self, member: str, reply: bytes) -> bool:
         """Whether the upload that goes with this reply is committed already. Raises `Refused`."""
-        await self._settled.wait()
+        await self.wait_settled()
         if await self._known(member, "upload", reply):
             return True
         self._require_open(member, "upload")
@@ -236,7 +239,7 @@ class RoundRun:
 
         `seeds` are digests of the seeds in its ciphertexts, refused if one was seen under the HE key.
         """
-        await self._settled.wait()
+        await self.wait_settled()
         if await self._known(member, "upload", reply):
             return True
         self._require_open(member, "upload")
@@ -352,8 +355,11 @@ class RoundRun:
         finally:
             self._settled.set()
 
-    async def rebuild(self) -> None:
-        """Build the machine again from the log: after a restart, a failed commit, or a revocation."""
+    async def rebuild(self, first: bool = False) -> None:
+        """Build the machine again from the log: after a restart (`first`), a failed commit, a revocation.
+
+        Raises `StoredDamage` when uploads aren't those that their members signed.
+        """
         self._settled.clear()
         try:
             while self._commits:
@@ -368,7 +374,8 @@ class RoundRun:
             assert stored is not None
             self.record = stored
             if self.record.state == OPEN:
-                await loop.run_in_executor(self._around.executor, self.folder.restore)
+                self._check_contributions()
+                await loop.run_in_executor(self._around.executor, self.folder.restore, first)
             self.conclusions = {
                 row.member: row
                 for row in sorted(
@@ -394,6 +401,7 @@ class RoundRun:
         # A published round has all it needs in its record.
         live = self.record.state == OPEN
         replies: dict[tuple[str, str], AcceptedReply] = {}
+        self._uploads = {}
         self._last_close_ms = self.record.opened_ms
         for row in rows:
             if isinstance(row, CloseRecord):
@@ -406,10 +414,26 @@ class RoundRun:
                     if live:
                         machine.accept(row.member, row.body)
                     replies[row.step, row.member] = AcceptedReply(hashlib.sha256(row.body).digest())
+                    if row.step == "upload":
+                        self._uploads[row.member] = row.body
         self._sequence = rows[-1].sequence if rows else 0
         self._replies = replies
         self.revoked = frozenset(revocations)
         return machine
+
+    def _check_contributions(self) -> None:
+        """Compare the rows of uploads with what their members signed: a swapped row is found here."""
+        machine = self.machine
+        if machine.abort is not None:
+            return
+        found = self._around.store.find(ContributionRecord, federation=self.federation, round=self.number)
+        if {row.member for row in found} != set(self._uploads):
+            raise StoredDamage(f"the uploads of round {self.number} aren't those that were accepted")
+        for row in found:
+            digests = [row.frames[i : i + DIGEST_BYTES] for i in range(0, len(row.frames), DIGEST_BYTES)]
+            promised = machine.expected_digest(self._uploads[row.member])
+            if not promised == row.digest == upload_digest(machine.h1, digests):
+                raise StoredDamage(f"the digests of {row.member}'s upload aren't those that it signed")
 
     async def publish(self) -> RoundRecord:
         """Fold what is left and write the published sum; the record to commit with it."""

@@ -26,8 +26,8 @@ class Spool(Protocol):
 
     size: int
 
-    def append(self, data: Data) -> None:
-        """Write behind what is there. Raises `StorageFailed`."""
+    def append(self, *parts: Data) -> None:
+        """Write behind what is there, all or nothing. Raises `StorageFailed`."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes of what is there."""
@@ -48,11 +48,14 @@ class BlobStore(Protocol):
     def keep(self, spool: Spool, spool_name: str, name: str) -> None:
         """Make the spool's bytes durable under `name` and close it. Replaces nothing but equal bytes."""
 
+    def reopen(self, name: str, spool_name: str) -> None:
+        """What was kept under `name` is a spool again: it came whole, but nobody was told so."""
+
     def write(self, name: str, parts: Iterable[Data]) -> None:
         """Make these bytes durable under `name`."""
 
-    def open(self, name: str) -> AbstractContextManager[Reader]:
-        """The blob for reading. Raises `StorageFailed` when there is none."""
+    def open(self, name: str, once: bool = False) -> AbstractContextManager[Reader]:
+        """The blob for reading; `once`: nobody will read it again soon. `StorageFailed` if there is none."""
 
     def size(self, name: str) -> int | None:
         """Bytes of the blob, or None."""

@@ -1,6 +1,12 @@
-"""Blobs as files of one data directory: written aside, fdatasync, rename, fsync of the directory."""
+"""Blobs as files of one data directory: written aside, fdatasync, rename, fsync of the directory.
+
+What is written once and read once goes around the page cache (O_DIRECT) in whole blocks: the first touch
+of a page costs more CPU than everything else that happens to its bytes, and bulk would drive out what is
+needed again.
+"""
 
 import contextlib
+import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -8,6 +14,12 @@ from pathlib import Path
 
 from blindsum.aggregator.store.blobs import ROOMS, Data, Spool
 from blindsum.aggregator.store.state import StorageFailed
+
+_ASIDE = ".aside"
+_BLOCK = 4096
+_STAGE_BYTES = 512 * 1024
+_LEAST_DIRECT = 64 * 1024
+_IDLE_STAGES = 16
 
 
 @contextlib.contextmanager
@@ -28,6 +40,40 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+class _Stages:
+    """Page-aligned buffers, as O_DIRECT wants them; used again, for a fresh one has to be faulted in."""
+
+    def __init__(self) -> None:
+        self._idle: list[mmap.mmap] = []
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[memoryview]:
+        """A buffer of `_STAGE_BYTES` for one thread."""
+        try:
+            stage = self._idle.pop()
+        except IndexError:
+            stage = mmap.mmap(-1, _STAGE_BYTES)
+        try:
+            with memoryview(stage) as view:
+                yield view
+        finally:
+            if len(self._idle) < _IDLE_STAGES:
+                self._idle.append(stage)
+            else:
+                stage.close()
+
+
+_stages = _Stages()
+
+
+def _open_direct(path: Path, flags: int) -> int | None:
+    """A second descriptor around the page cache; None where system or file system has no such thing."""
+    try:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_DIRECT)
+    except (OSError, AttributeError):
+        return None
+
+
 def _read_exactly(handle: int, offset: int, length: int) -> bytes:
     data = os.pread(handle, length, offset)
     while len(data) < length:
@@ -39,16 +85,24 @@ def _read_exactly(handle: int, offset: int, length: int) -> bytes:
 
 
 class FileReader:
-    """An open blob file."""
+    """An open blob file; `direct` is a second descriptor around the page cache, if any."""
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, handle: int, direct: int | None = None) -> None:
         self._handle = handle
+        self._direct = direct
         self.size = os.fstat(handle).st_size
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`."""
         with _disk("reading a blob"):
-            return _read_exactly(self._handle, offset, length)
+            whole = -(-length // _BLOCK) * _BLOCK
+            if self._direct is None or offset % _BLOCK or not _LEAST_DIRECT <= whole <= _STAGE_BYTES:
+                return _read_exactly(self._handle, offset, length)
+            with _stages.borrow() as stage:
+                if os.preadv(self._direct, [stage[:whole]], offset) < length:
+                    # Short for a reason that the plain way handles, or names.
+                    return _read_exactly(self._handle, offset, length)
+                return bytes(stage[:length])
 
 
 class FileSpool:
@@ -58,17 +112,52 @@ class FileSpool:
         with _disk("opening a spool"):
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self.size = os.fstat(self._handle).st_size
+        self._direct = _open_direct(path, os.O_WRONLY)
         self.path = path
         self._open = True
 
-    def append(self, data: Data) -> None:
-        """Write behind what is there."""
-        view = memoryview(data)
+    def append(self, *parts: Data) -> None:
+        """Write behind what is there, all or nothing."""
+        start = self.size
         with _disk("writing an upload"):
+            try:
+                with _stages.borrow() as stage:
+                    self._write_staged(stage, parts)
+            except OSError:
+                # All or nothing, so that whoever appends knows what is there.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._handle, start)
+                    self.size = start
+                raise
+
+    def _write_staged(self, stage: memoryview, parts: Iterable[Data]) -> None:
+        # A byte of the file lies in the stage at its place in its block, so that whole blocks are aligned.
+        begin = end = self.size % _BLOCK
+        for part in parts:
+            view = memoryview(part).cast("B")
             while view.nbytes:
-                written = os.pwrite(self._handle, view, self.size)
-                self.size += written
-                view = view[written:]
+                count = min(view.nbytes, _STAGE_BYTES - end)
+                stage[end : end + count] = view[:count]
+                view, end = view[count:], end + count
+                if end == _STAGE_BYTES:
+                    self._write_out(stage, begin, end)
+                    begin = end = 0
+        self._write_out(stage, begin, end)
+
+    def _write_out(self, stage: memoryview, begin: int, end: int) -> None:
+        first, last = -(-begin // _BLOCK) * _BLOCK, end // _BLOCK * _BLOCK
+        if self._direct is None or last - first < _LEAST_DIRECT:
+            self._write(self._handle, stage[begin:end])
+            return
+        self._write(self._handle, stage[begin:first])
+        self._write(self._direct, stage[first:last])
+        self._write(self._handle, stage[last:end])
+
+    def _write(self, handle: int, view: memoryview) -> None:
+        while view.nbytes:
+            written = os.pwrite(handle, view, self.size)
+            self.size += written
+            view = view[written:]
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes of what is there."""
@@ -85,6 +174,8 @@ class FileSpool:
         if self._open:
             self._open = False
             os.close(self._handle)
+            if self._direct is not None:
+                os.close(self._direct)
 
 
 class FileBlobs:
@@ -92,10 +183,18 @@ class FileBlobs:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._lost: set[str] = set()
         with _disk("preparing the blob directory"):
             for room in ROOMS:
                 (root / room).mkdir(mode=0o700, parents=True, exist_ok=True)
             sync_directory(root)
+            # The data directory: all that a first start made in it before now.
+            sync_directory(root.parent)
+            with contextlib.suppress(PermissionError):
+                sync_directory(root.parent.parent)
+        for name in self.names("spool"):
+            if name.endswith(_ASIDE):
+                self.delete(name)
 
     def _path(self, name: str) -> Path:
         room, _, rest = name.partition("/")
@@ -105,6 +204,9 @@ class FileBlobs:
 
     def spool(self, name: str) -> FileSpool:
         """The spool of that name, with what it holds already; made if there is none."""
+        if name in self._lost:
+            self.delete(name)
+            self._lost.discard(name)
         return FileSpool(self._path(name))
 
     def spooled(self, name: str) -> int | None:
@@ -114,16 +216,30 @@ class FileBlobs:
     def keep(self, spool: Spool, spool_name: str, name: str) -> None:
         """Make the spool's bytes durable under `name` and close it."""
         assert isinstance(spool, FileSpool)
-        spool.sync()
-        spool.close()
+        try:
+            spool.sync()
+        except StorageFailed:
+            # The system may have dropped what it couldn't write and call the rest synced: a second attempt
+            # would succeed without the bytes. So they have to come again.
+            self._lost.add(spool_name)
+            with contextlib.suppress(StorageFailed):
+                self.delete(spool_name)
+            raise
+        finally:
+            spool.close()
         target = self._path(name)
         with _disk("keeping an upload"):
             self._path(spool_name).rename(target)
             sync_directory(target.parent)
 
+    def reopen(self, name: str, spool_name: str) -> None:
+        """What was kept under `name` is a spool again."""
+        with _disk("taking an upload back"):
+            self._path(name).rename(self._path(spool_name))
+
     def write(self, name: str, parts: Iterable[Data]) -> None:
         """Make these bytes durable under `name`."""
-        aside = "spool/" + name.replace("/", ".") + ".aside"
+        aside = "spool/" + name.replace("/", ".") + _ASIDE
         self.delete(aside)
         spool = self.spool(aside)
         try:
@@ -132,18 +248,23 @@ class FileBlobs:
             self.keep(spool, aside, name)
         except BaseException:
             spool.close()
-            self.delete(aside)
+            with contextlib.suppress(StorageFailed):
+                self.delete(aside)
             raise
 
     @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[FileReader]:
-        """The blob for reading."""
+    def open(self, name: str, once: bool = False) -> Iterator[FileReader]:
+        """The blob for reading; `once`: nobody will read it again soon."""
+        path = self._path(name)
         with _disk("opening a blob"):
-            handle = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        direct = _open_direct(path, os.O_RDONLY) if once else None
         try:
-            yield FileReader(handle)
+            yield FileReader(handle, direct)
         finally:
             os.close(handle)
+            if direct is not None:
+                os.close(direct)
 
     def size(self, name: str) -> int | None:
         """Bytes of the blob, or None."""

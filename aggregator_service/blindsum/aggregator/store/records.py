@@ -171,13 +171,14 @@ class SeedRecord(Record):
 
 @dataclass(frozen=True)
 class SumRecord(Record):
-    """A folded checkpoint of the sum: the digests of its frames."""
+    """A folded checkpoint of the sum: the digests of its frames, and who is part of it."""
 
     KEY = ("federation", "round", "generation")
     federation: bytes
     round: int
     generation: int
     frames: bytes
+    members: str
 
 
 @dataclass(frozen=True)

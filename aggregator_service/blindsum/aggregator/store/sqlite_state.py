@@ -29,7 +29,7 @@ from blindsum.aggregator.store.state import (
 
 R = TypeVar("R", bound=Record)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _GROUP = 1024
 _BUSY_MS = 5000
 _COLUMN = {bytes: "BLOB NOT NULL", str: "TEXT NOT NULL", int: "INTEGER NOT NULL"}
@@ -87,6 +87,9 @@ class SqliteState:
         self.groups = 0
         """Transactions committed so far; with the acknowledgements it says how well grouping works."""
         self._thread = threading.Thread(target=self._write, name="state-writer", daemon=True)
+        self._start_writer()
+
+    def _start_writer(self) -> None:
         self._thread.start()
 
     def _connect(self) -> sqlite3.Connection:
@@ -137,6 +140,9 @@ class SqliteState:
                 rows = self._reader.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise StorageFailed(f"the state can't be read: {error}; check the disk") from error
+        except OverflowError:
+            # A number from the wire that is larger than any that could have been stored.
+            return []
         return [kind(*row) for row in rows]
 
     def close(self) -> None:
@@ -174,7 +180,8 @@ class SqliteState:
                 errors.append(self._apply(job.changes))
             self._writer.execute("COMMIT")
             self.groups += 1
-        except sqlite3.Error as error:
+        except Exception as error:
+            # Whatever it is, the thread goes on: those who wait must hear of it.
             with contextlib.suppress(sqlite3.Error):
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
@@ -193,9 +200,11 @@ class SqliteState:
         try:
             for change in changes:
                 self._apply_one(change)
-        except (sqlite3.IntegrityError, Taken) as error:
+        except (sqlite3.IntegrityError, Taken, OverflowError) as error:
             self._writer.execute("ROLLBACK TO job")
             self._writer.execute("RELEASE job")
+            if isinstance(error, OverflowError):
+                return StorageFailed("a record holds a number that can't be stored")
             return error if isinstance(error, Taken) else Taken(f"a record is there already: {error}")
         self._writer.execute("RELEASE job")
         return None
