@@ -33,11 +33,15 @@ class FrameDigests:
         self._layout = layout
         self._h1 = h1
         self._arithmetic = arithmetic
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin with the first byte again."""
         self._digests: list[bytes] = []
         self.seeds: list[bytes] = []
         """What must never come twice under an HE key."""
         self._running = hashlib.sha256()
-        self._left = layout.upload_bytes(0)
+        self._left = self._layout.upload_bytes(0)
         self._start = 0
 
     def feed(self, data: memoryview, spool: Spool) -> None:
@@ -76,8 +80,12 @@ class PlainDigest:
     """SHA-256 of a whole upload: for sealed checkpoints."""
 
     def __init__(self) -> None:
-        self._running = hashlib.sha256()
         self.frames = b""
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin with the first byte again."""
+        self._running = hashlib.sha256()
 
     def feed(self, data: memoryview, spool: Spool) -> None:  # noqa: ARG002
         """The next bytes."""
@@ -121,6 +129,10 @@ class _Slot:
     """A frame or the whole was refused: nothing of it can be used."""
     superseded: bool = False
     """Another stream takes the slot over."""
+    broken: bool = False
+    """A chunk couldn't be written: whoever comes back reads anew what is there."""
+    found: int = 0
+    """Bytes that were in the spool already, perhaps from before a power cut."""
 
     def end_stream(self, refusal: Refused) -> None:
         """Make the stream that uses the slot fail with this."""
@@ -246,10 +258,16 @@ class Ingest:
             for start in range(0, spool.size, _WRITE_BYTES):
                 data = spool.read(start, min(_WRITE_BYTES, spool.size - start))
                 job.digests.feed(memoryview(data), spool)
-        except Refused:
+            if spool.size == job.total and not job.digests.matches(job.digest):
+                raise Refused(RefusalReason.WRONG_DIGEST, "the bytes aren't those that were announced")
+            slot.found = spool.size
+        except Refused as refusal:
+            # After a power cut a spool may hold anything; that is no fault of the member's.
+            self._log.warning("what a broken upload left isn't usable", member=job.member, text=refusal.text)
             spool.close()
             self._around.blobs.delete(job.spool_name)
-            raise
+            job.digests.restart()
+            slot.spool = self._around.blobs.spool(job.spool_name)
 
     @staticmethod
     def _spool_of(slot: _Slot) -> Spool:
@@ -349,7 +367,8 @@ class Ingest:
                 await asyncio.wait({finishing})
             if slot.spoiled:
                 await self._in_thread(self._around.blobs.delete, slot.job.spool_name)
-            if slot.spoiled or finishing is not None or (slot.cut is not None and not slot.superseded):
+            given_up = slot.spoiled or slot.broken or finishing is not None
+            if given_up or (slot.cut is not None and not slot.superseded):
                 self._release(slot)
             else:
                 # It broke off in between: the member gets a while to come back to its slot.
@@ -424,10 +443,14 @@ class Ingest:
 
     def _write(self, slot: _Slot, chunks: list[bytes]) -> None:
         spool = self._spool_of(slot)
-        if slot.spoiled:
-            return
         for chunk in chunks:
-            spool.append(chunk)
+            if slot.spoiled or slot.broken:
+                return
+            try:
+                spool.append(chunk)
+            except StorageFailed:
+                slot.broken = True
+                raise
             try:
                 slot.job.digests.feed(memoryview(chunk), spool)
             except Refused:
@@ -438,6 +461,8 @@ class Ingest:
         job = slot.job
         if not job.digests.matches(job.digest):
             slot.spoiled = True
+            if slot.found:
+                raise Refused(RefusalReason.WRONG_OFFSET, "what a broken upload left is damaged; begin again")
             raise Refused(
                 RefusalReason.WRONG_DIGEST, "the bytes aren't those that were announced; send them again"
             )
