@@ -219,6 +219,7 @@ class Publication:
                     sealed_digest=waiting.sealed_digest,
                     agreed=1,
                     h1=draft.documents.plan_digest,
+                    roster=draft.documents.roster_digest,
                 )
             ),
             Delete(InitialStateRecord, (("federation", federation), ("state", plan.initial_state))),

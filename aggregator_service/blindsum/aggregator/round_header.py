@@ -40,7 +40,8 @@ def next_header(
 ) -> BoundHeader:
     """The header of round `number`, starting from the state with this digest and index.
 
-    Raises `ParameterRefused` when the roster lacks the HE key that the plan's scheme needs.
+    Raises `ParameterRefused` when the roster lacks the HE key that the plan's scheme needs,
+    `PolicyViolation` when the plan's cohorts are too small for the roster.
     """
     roster, policy, plan = documents.roster, documents.policy, documents.plan
     assert roster is not None
@@ -73,7 +74,7 @@ def next_header(
             layout=plan.layout,
             bits=plan.encoding.bits,
             fields=field_count(plan),
-            n_min=plan.cohort_min,
+            n_min=plan.cohort_floor(policy, len(roster.members)),
             n_max=plan.cohort_max,
             deadline=now_ms // 1000 + seconds,
         )

@@ -848,6 +848,7 @@ class Member:
             )
             following = state.advance(
                 opened,
+                number=session.number,
                 strategy=Strategy.of(session.plan),
                 transcript=receipt.transcript(),
                 max_exponent=documents.policy.max_range_exponent,

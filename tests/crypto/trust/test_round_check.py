@@ -75,6 +75,50 @@ def test_a_cohort_floor_of_the_plan_above_the_policys():
         check_header(FED.header_with(plan=digest, n_min=3), pinned, now=NOW)
 
 
+def larger_roster(members: int, **policy):
+    """What a member holds whose roster has so many members, and a header under it."""
+    entries = list(FED.roster.members)
+    for index in range(members - len(entries)):
+        entries.append(
+            RosterEntry(
+                id=f"x-{index:02}",
+                organisation="",
+                identity=bytes([index]) * 32,
+                hpke=entries[0].hpke,
+            )
+        )
+    roster = replaced(FED.roster, members=tuple(entries))
+    rules = replaced(FED.policy, **policy)
+    plan = replaced(FED.plan, policy=FED.digest("policy", rules))
+    held = {
+        "roster": roster,
+        "roster_digest": FED.digest("roster", roster),
+        "policy": rules,
+        "policy_digest": plan.policy,
+        "plan": plan,
+        "plan_digest": FED.digest("plan", plan),
+    }
+    named = {"roster": held["roster_digest"], "policy": plan.policy, "plan": held["plan_digest"]}
+    return FED.pinned_with(**held), named
+
+
+@pytest.mark.parametrize("members", [6, 7, 8, 15])
+def test_a_cohort_of_half_of_the_roster_is_refused_for_a_server_could_run_two(members):
+    pinned, named = larger_roster(members)
+    most = members // 2 + 1
+    check_header(FED.header_with(n_min=most, **named), pinned, now=NOW)
+    with pytest.raises(PolicyViolation, match=f"n_min: {most - 1} < {most}"):
+        check_header(FED.header_with(n_min=most - 1, **named), pinned, now=NOW)
+    allowed, named = larger_roster(members, split_cohorts=True)
+    check_header(FED.header_with(n_min=3, **named), allowed, now=NOW)
+
+
+def test_a_plan_whose_rounds_cannot_hold_more_than_half_of_the_roster():
+    pinned, named = larger_roster(16)
+    with pytest.raises(PolicyViolation, match="cohort_max: 8 is no more than half of the 16 members"):
+        check_header(FED.header_with(n_min=8, **named), pinned, now=NOW)
+
+
 @pytest.mark.parametrize(
     "change",
     [

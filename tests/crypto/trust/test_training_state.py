@@ -1,6 +1,7 @@
 """The training state: the same bytes at every member, from the sum alone."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from blindsum.crypto.errors import EncodingError, OpeningFailed, ParameterRefuse
 from blindsum.crypto.trust.group_key import GroupKey
 from blindsum.crypto.trust.strategy import Strategy
 from blindsum.crypto.trust.training_state import (
+    HISTORY,
+    PastRound,
     TrainingState,
     check_arithmetic,
     next_exponents,
@@ -26,7 +29,7 @@ STRATEGIES = ("fedavg", "fedavgm", "fedadam")
 def advanced(state, opened, strategy="fedavg", **settings):
     text = {f"server.{name}": str(value) for name, value in settings.items()}
     return state.advance(
-        opened, strategy=Strategy.parse(strategy, text), transcript=bytes([5]) * 32, max_exponent=4
+        opened, number=12, strategy=Strategy.parse(strategy, text), transcript=bytes([5]) * 32, max_exponent=4
     )
 
 
@@ -54,10 +57,34 @@ def test_the_bytes_of_a_state_do_not_change_between_versions():
     assert hashlib.sha256(after.to_bytes()).hexdigest() == ADAM_VECTOR
 
 
-STATE_VECTOR = "fb98903c5c8d04b1b5a94daf70ef2ba5fc87a36e4d95bcd643ad3615c6e4ed7c"
-DIGEST_VECTOR = "817472b2434efb8644d3991786c55c8d9365877946f67a74a9304897502de437"
-NEXT_VECTOR = "aa8924df7c9dfb145745b43acf7be5b6852d11e6b554417c9cec00d49f092eeb"
-ADAM_VECTOR = "377e64944bb5bbf3f56466c72bba7bd7ef3b325ca0faf6c7dda2f13895545aee"
+STATE_VECTOR = "f9ac6c95b41d37a24e55934b78c69caf63112e17b5b7a5b34215aa224a80d368"
+DIGEST_VECTOR = "a296485d8578a26522102c344bc8381006611980bc244f78b7ed09c8c204f638"
+NEXT_VECTOR = "cdc12aec8df82401966bcacdebd6b3c178d61d490d71fd30e849964d863e2624"
+ADAM_VECTOR = "539ca3c7967e2f912d16769ac633c4657ac71fbd16cf614617ec931256b5668b"
+
+
+def test_a_state_remembers_metrics_and_its_length_tells_nothing_of_them():
+    one, two = (
+        replace(FED.opened(), metrics={"loss": 0.1}),
+        replace(FED.opened(), metrics={"loss": 123.456789}),
+    )
+    states = [advanced(FED.state, opened) for opened in (one, two)]
+    assert [state.history[-1].metrics(["loss"]) for state in states] == [{"loss": 0.1}, {"loss": 123.456789}]
+    assert states[0].nbytes == states[1].nbytes
+    assert TrainingState.parse(states[0].to_bytes()).history == states[0].history
+    assert (states[0].history[-1].round, states[0].history[-1].survivors) == (12, len(MEMBERS))
+    with pytest.raises(StateMismatch, match="other metrics"):
+        states[0].history[-1].metrics(["loss", "accuracy"])
+
+
+def test_a_state_remembers_a_bounded_number_of_rounds():
+    past = PastRound.of(1, FED.opened())
+    full = replace(FED.state, history=(past,) * HISTORY)
+    after = advanced(full, FED.opened())
+    assert len(after.history) == HISTORY
+    assert after.history[-1].round == 12
+    with pytest.raises(Refused):
+        TrainingState.parse(replace(full, history=(past,) * (HISTORY + 1)).to_bytes())
 
 
 def test_plain_averaging_adds_the_mean_update():

@@ -93,6 +93,20 @@ class Plan(Document, frozen=True, kw_only=True):
         if not self.cohort_min <= self.cohort_wanted <= self.cohort_max:
             raise ValueError("needs cohort_min <= cohort_wanted <= cohort_max")
 
+    def cohort_floor(self, policy: Policy, members: int) -> int:
+        """Fewest members of a round, with so many in the roster.
+
+        Raises `PolicyViolation` when that is more than the plan allows in a round.
+        """
+        floor = max(self.cohort_min, policy.cohort_floor(members))
+        if floor > self.cohort_max:
+            raise PolicyViolation(
+                f"plan {self.name!r} undercuts the policy: cohort_max: {self.cohort_max} is no more than half of "
+                f"the {members} members, and a lying server could run two such rounds at once. Raise it, or let "
+                "the policy allow that with split_cohorts"
+            )
+        return floor
+
     def check_against(self, policy: Policy) -> None:
         """Raises `PolicyViolation` naming the first setting that undercuts the policy."""
         checks = (

@@ -18,6 +18,8 @@ class Policy(Document, frozen=True, kw_only=True):
     `gamma` and `delta` are per mille: members that may collude with the server, members that may drop
     out. `max_weight_ratio` caps how much more one member may weigh than another. `reveal` is to whom a
     sum may be opened. `seeded_uploads` lets HE members, who share the key, send half-size ciphertexts.
+    `split_cohorts` allows rounds of no more than half of the roster: a lying server can then run two at
+    once, each with a true sum of its own. `open_models` lets members publish models that aren't sealed.
     """
 
     federation: Digest
@@ -37,6 +39,8 @@ class Policy(Document, frozen=True, kw_only=True):
     reveal: Literal["members"] = "members"
     seeded_uploads: bool = True
     paillier_bits: Literal[2048, 3072] = 3072
+    split_cohorts: bool = False
+    open_models: bool = False
 
     def __post_init__(self) -> None:
         if not self.schemes or len(set(self.schemes)) != len(self.schemes):
@@ -45,6 +49,14 @@ class Policy(Document, frozen=True, kw_only=True):
             raise ValueError(f"n_min = {self.n_min} is above n_max = {self.n_max}")
         if self.bits_min > self.bits_max:
             raise ValueError(f"bits_min = {self.bits_min} is above bits_max = {self.bits_max}")
+
+    def cohort_floor(self, members: int) -> int:
+        """Fewest members whose sum may be opened, with so many in the roster.
+
+        Two cohorts of more than half of the roster always share a member, who takes part in one round
+        at a time: no server can run both.
+        """
+        return self.n_min if self.split_cohorts else max(self.n_min, members // 2 + 1)
 
     def honest_floor(self) -> int:
         """Honest members among which the smallest allowed cohort hides one: n_min - floor(gamma n_min)."""

@@ -137,7 +137,7 @@ def _check_floors(header: Header, pinned: Pinned) -> None:
     _require(header.gamma == policy.gamma, "gamma", f"{header.gamma}, but the policy says {policy.gamma}")
     _require(header.delta == policy.delta, "delta", f"{header.delta}, but the policy says {policy.delta}")
     _require(header.security >= policy.security, "security", f"{header.security} < {policy.security}")
-    floor = max(policy.n_min, plan.cohort_min)
+    floor = plan.cohort_floor(policy, len(pinned.roster.members))
     cap = min(policy.n_max, plan.cohort_max)
     _require(header.n_min >= floor, "n_min", f"{header.n_min} < {floor}")
     _require(header.n_max <= cap, "n_max", f"{header.n_max} > {cap}")

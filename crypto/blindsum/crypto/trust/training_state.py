@@ -31,12 +31,41 @@ from numpy.typing import NDArray
 DEFAULT_EXPONENT = -3
 """Range exponent of every tensor in S_0 unless told otherwise: values up to 2^-3; it sets itself."""
 
+HISTORY = 128
+"""Rounds whose metrics a state remembers."""
+
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
 _META_MAX = 1 << 26
 _FLOAT = np.dtype("<f4")
+_DOUBLE = np.dtype("<f8")
 
 Exponent = Annotated[int, msgspec.Meta(ge=EXPONENT_MIN, le=EXPONENT_MAX)]
+
+
+class PastRound(Document, frozen=True, kw_only=True):
+    """What a state remembers of a round that led to it: its number, how many survived, its metrics' means.
+
+    `means` are float64 in the order in which the plan declares the metrics, as bytes: sealed states have
+    the same length whatever the values are.
+    """
+
+    round: Count
+    survivors: Count
+    means: bytes
+
+    @classmethod
+    def of(cls, number: int, opened: OpenedSum) -> "PastRound":
+        """The memory of round `number`, whose sum opened to `opened`."""
+        means = np.array(list(opened.metrics.values()), _DOUBLE)
+        return cls(round=number, survivors=len(opened.survivors), means=means.tobytes())
+
+    def metrics(self, names: Sequence[str]) -> dict[str, float]:
+        """The means by the plan's names. Raises `StateMismatch` when these aren't its metrics."""
+        means = np.frombuffer(self.means, _DOUBLE) if len(self.means) % _DOUBLE.itemsize == 0 else ()
+        if len(means) != len(names):
+            raise StateMismatch(f"round {self.round} had other metrics than the plan's; ask the owner")
+        return dict(zip(names, map(float, means), strict=True))
 
 
 class _Meta(Document, frozen=True, kw_only=True):
@@ -50,6 +79,7 @@ class _Meta(Document, frozen=True, kw_only=True):
     counters: dict[str, Count]
     products: dict[str, float]
     moments: tuple[str, ...]
+    history: Annotated[tuple[PastRound, ...], msgspec.Meta(max_length=HISTORY)] = ()
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -58,7 +88,8 @@ class TrainingState:
 
     `index` is r, `values` the flat float32 model, `exponents` each tensor's range exponent, `transcript`
     the digest of the federation's history up to here, `moments` flat float32 vectors of the strategy,
-    `products` its running products, `counters` what else it counts. Arrays are read-only.
+    `products` its running products, `counters` what else it counts, `history` the newest `HISTORY` rounds.
+    Arrays are read-only.
 
     Raises `EncodingError` naming a tensor whose values aren't finite, `ValueError` for parts that don't
     fit each other.
@@ -73,6 +104,7 @@ class TrainingState:
     counters: Mapping[str, int] = field(default_factory=dict)
     products: Mapping[str, float] = field(default_factory=dict)
     moments: Mapping[str, Vector] = field(default_factory=dict)
+    history: tuple[PastRound, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.exponents) != len(self.layout.sizes):
@@ -129,6 +161,7 @@ class TrainingState:
                 counters=dict(self.counters),
                 products=dict(self.products),
                 moments=tuple(sorted(self.moments)),
+                history=self.history,
             )
         )
         yield _LENGTH.pack(len(meta)) + meta + bytes(-len(meta) % _ALIGNMENT)
@@ -175,6 +208,7 @@ class TrainingState:
                 meta.counters,
                 meta.products,
                 dict(zip(meta.moments, arrays[1:], strict=True)),
+                meta.history,
             )
         except (ValueError, EncodingError) as error:
             raise _malformed(str(error)) from None
@@ -192,9 +226,9 @@ class TrainingState:
         return tag.digest()
 
     def advance(
-        self, opened: OpenedSum, *, strategy: Strategy, transcript: bytes, max_exponent: int
+        self, opened: OpenedSum, *, number: int, strategy: Strategy, transcript: bytes, max_exponent: int
     ) -> "TrainingState":
-        """S_(r+1), after a round whose sum opened to `opened` and whose history ends in `transcript`.
+        """S_(r+1), after round `number` whose sum opened to `opened` and whose history ends in `transcript`.
 
         Raises `EncodingError` naming a tensor whose next values aren't finite, `ValueError` when
         `opened` or the strategy doesn't belong to this state.
@@ -225,6 +259,7 @@ class TrainingState:
             self.counters,
             products,
             moments,
+            (*self.history, PastRound.of(number, opened))[-HISTORY:],
         )
 
     def _require_finite(self, array: Vector) -> None:

@@ -207,20 +207,28 @@ class PollJoinResponse(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     CERTIFICATE_FIELD_NUMBER: _builtins.int
+    OWNER_LOOKED_FIELD_NUMBER: _builtins.int
+    OWNER_WATCHING_FIELD_NUMBER: _builtins.int
     state: Global___JoinState.ValueType
     reason: _builtins.str
     certificate: _builtins.bytes
     """PEM chain for the member's transport key, once admitted."""
+    owner_looked: _builtins.int
+    """When the owner last looked at the requests, Unix seconds; 0: not since the server started."""
+    owner_watching: _builtins.bool
+    """The owner looks every few seconds at present."""
     def __init__(
         self,
         *,
         state: Global___JoinState.ValueType = ...,
         reason: _builtins.str = ...,
         certificate: _builtins.bytes = ...,
+        owner_looked: _builtins.int = ...,
+        owner_watching: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "reason", b"reason", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "owner_looked", b"owner_looked", "owner_watching", b"owner_watching", "reason", b"reason", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -533,11 +541,14 @@ class GetStatusResponse(_message.Message):
     PLAN_ROUNDS_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
     roster_version: _builtins.int
     policy_version: _builtins.int
     plan: _builtins.str
     state_round: _builtins.int
     plan_rounds: _builtins.int
+    waits_for: _builtins.str
+    """Why no round runs, for people; empty while one runs."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetStatusResponse.Member]: ...
     @_builtins.property
@@ -554,10 +565,11 @@ class GetStatusResponse(_message.Message):
         plan_rounds: _builtins.int = ...,
         members: _abc.Iterable[Global___GetStatusResponse.Member] | None = ...,
         rounds: _abc.Iterable[Global___GetStatusResponse.Round] | None = ...,
+        waits_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members", "plan", b"plan", "plan_rounds", b"plan_rounds", "policy_version", b"policy_version", "roster_version", b"roster_version", "rounds", b"rounds", "state_round", b"state_round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members", "plan", b"plan", "plan_rounds", b"plan_rounds", "policy_version", b"policy_version", "roster_version", b"roster_version", "rounds", b"rounds", "state_round", b"state_round", "waits_for", b"waits_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
