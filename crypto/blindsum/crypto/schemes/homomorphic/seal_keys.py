@@ -23,7 +23,7 @@ def generate_keys(parameters: CipherParameters, random: Random = system_random) 
     """A fresh key for the parameter set's ring. In the seeded form the public part only names the key."""
     ring = parameters.ring
     assert ring is not None
-    secret = _sample_ternary(ring.degree, random)
+    secret = sample_ternary(ring.degree, random)
     nonce = random(_NONCE_BYTES)
     packed = b""
     if parameters.upload_form == "public-key":
@@ -64,8 +64,8 @@ def load_secret_key(context: SealContext, secret: NDArray[np.uint8]) -> Native:
     return context.load_secret(helper.read_transformed(plaintext))
 
 
-def _sample_ternary(degree: int, random: Random) -> NDArray[np.uint8]:
-    """Uniform over {0, 1, 2}: bytes of 252 and above are drawn again."""
+def sample_ternary(degree: int, random: Random) -> NDArray[np.uint8]:
+    """Uniform coefficients over {0, 1, 2}, where 2 stands for -1: bytes of 252 and above are drawn again."""
     found: NDArray[np.uint8] = np.empty(0, np.uint8)
     while found.size < degree:
         drawn = np.frombuffer(random(degree + 256), np.uint8)

@@ -10,7 +10,7 @@ TenSEAL's `sealapi` reads and writes by path only. Objects pass through an anony
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -150,6 +150,64 @@ class SealContext:
         if len(rest) != _HEADER.size + 1 + SEED_BYTES or mark != _SEED_MARK:
             raise OpeningFailed("SEAL wrote a seed of an unknown kind; use a tested TenSEAL version")
         return rest[-SEED_BYTES:], list(words)
+
+    def load_reduced(self, parts: Sequence[Words], *, scale: float) -> Native:
+        """A ciphertext over the first data prime alone, what is left after all rescaling, in NTT form."""
+        parms_id = _parms_id(self.native.last_parms_id())
+        body = self._ciphertext([[part] for part in parts], parms_id, 1, True, scale)
+        return self._load(self.api.Ciphertext(), body)
+
+    def read_reduced(self, ciphertext: Native) -> Words:
+        """The (2, degree) residues of a ciphertext over the first data prime alone."""
+        return self._read(ciphertext, 2)[0]
+
+    def read_switching_keys(self, keys: Native) -> list[list[tuple[bytes, Words]]]:
+        """Each key of seeded relinearisation or Galois keys, in SEAL's order.
+
+        A key is a list with one (64-byte seed, (primes, degree) first polynomial) for each data prime.
+        """
+        body = _save_body(keys)
+        (count,) = _COUNT.unpack_from(body, 32)
+        offset = 32 + _COUNT.size
+        found = []
+        for _ in range(count):
+            (components,) = _COUNT.unpack_from(body, offset)
+            offset += _COUNT.size
+            key = []
+            for _ in range(components):
+                seed, residues, offset = self._read_component(body, offset)
+                key.append((seed, residues))
+            if key:
+                found.append(key)
+        if offset != len(body):
+            raise OpeningFailed("SEAL wrote an unexpected layout; use a tested TenSEAL version")
+        return found
+
+    def _read_component(self, body: bytes, offset: int) -> tuple[bytes, Words, int]:
+        (size,) = _COUNT.unpack_from(body, offset + _HEADER.size - 8)
+        start = offset + _HEADER.size + _CIPHERTEXT.size + _HEADER.size + 8
+        end = offset + size
+        words = len(self.ring.primes) * self.ring.degree * 8
+        sized = end - start == words + _HEADER.size + 1 + SEED_BYTES and end <= len(body)
+        if not sized or body[end - SEED_BYTES - 1 : end - SEED_BYTES] != _SEED_MARK:
+            raise OpeningFailed("SEAL wrote an unexpected layout; use a tested TenSEAL version")
+        residues = np.frombuffer(body[start : start + words], "<u8").reshape(-1, self.ring.degree)
+        return body[end - SEED_BYTES : end], residues, end
+
+    def load_switching_keys(self, target: Native, keys: Mapping[int, Sequence[Words]]) -> Native:
+        """SEAL's relinearisation or Galois keys, by their place in SEAL's list.
+
+        A key has one (2, primes, degree) array of residues over all primes for each data prime.
+        """
+        pieces = [self.key_id, _COUNT.pack(max(keys) + 1)]
+        for place in range(max(keys) + 1):
+            components = keys.get(place, ())
+            pieces.append(_COUNT.pack(len(components)))
+            for part in components:
+                pieces.append(
+                    self._ciphertext(list(map(list, part)), self.key_id, len(self.ring.primes), True, 1.0)
+                )
+        return self._load(target, self._object(b"".join(pieces)))
 
     def reload(self, source: Native, target: Native) -> None:
         """Load what an object saves into another: this is how SEAL expands a half-size ciphertext."""
