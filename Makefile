@@ -7,7 +7,7 @@
 
 PY ?= python3
 VENV ?= .venv
-EXTRAS ?= cli,torch,he,paillier,server,demo,dev
+EXTRAS ?= cli,torch,he,paillier,server,otel,demo,lightning,dev
 JOBS ?= auto
 ARGS ?=
 

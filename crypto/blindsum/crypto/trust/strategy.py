@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 Chunk = NDArray[np.float64]
 
 PREFIX = "server."
+NEEDS_SINGLE_UPDATES = frozenset({"krum", "multi-krum", "median", "trimmed mean", "bulyan"})
+"""Strategies of the literature that compare single updates; under secure aggregation nobody has them."""
+
 _DEFAULTS: dict[str, dict[str, float]] = {
     "fedavg": {"learning_rate": 1.0},
     "fedavgm": {"learning_rate": 1.0, "momentum": 0.9},
@@ -47,6 +50,11 @@ class Strategy:
     @classmethod
     def parse(cls, name: str, settings: Mapping[str, str]) -> Self:
         """The strategy of a name with its `server.` settings as text."""
+        if name in NEEDS_SINGLE_UPDATES:
+            raise ParameterRefused(
+                f"{name} compares the members' single updates, and under secure aggregation nobody has them: "
+                f"only sums exist. Choose one of {', '.join(_DEFAULTS)}"
+            )
         if name not in _DEFAULTS:
             raise ParameterRefused(f"there is no strategy {name!r}; choose one of {', '.join(_DEFAULTS)}")
         values = dict(_DEFAULTS[name])
