@@ -20,8 +20,13 @@ async def _run(settings: AggregatorSettings, ready_file: Path | None, while_stdi
     server = AggregatorServer(settings)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    hurry = asyncio.Event()
+
+    def told_to_stop() -> None:
+        (hurry if stopping.is_set() else stopping).set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, told_to_stop)
     if while_stdin:
 
         def read() -> None:
@@ -41,7 +46,7 @@ async def _run(settings: AggregatorSettings, ready_file: Path | None, while_stdi
             aside.write_text(text, encoding="ascii")
             aside.rename(ready_file)
     await stopping.wait()
-    await server.stop()
+    await server.stop(drain=settings.drain_seconds, hurry=hurry)
 
 
 @app.command()
@@ -67,6 +72,9 @@ def serve(
         int | None, typer.Option(help="Port for joining and publishing; 0 picks one.")
     ] = None,
     member_port: Annotated[int | None, typer.Option(help="Port for rounds, mutual TLS; 0 picks one.")] = None,
+    admin_port: Annotated[
+        int | None, typer.Option(help="Port on loopback for health, metrics and the operators' page.")
+    ] = None,
     capture: Annotated[
         Path | None,
         typer.Option("--capture", help="Record here every message that the server receives and returns."),
@@ -81,7 +89,7 @@ def serve(
         bool, typer.Option("--while-stdin", help="Stop when standard input closes: for supervisors.")
     ] = False,
 ) -> None:
-    """Run the aggregator until it gets SIGINT or SIGTERM.
+    """Run the aggregator until SIGINT or SIGTERM; running uploads may then end, unless a second one comes.
 
     It needs a data directory and the keys of the owners it works for. Every setting can also stand in
     the TOML file or in an environment variable BLINDSUM_<NAME>; options win over both.
@@ -94,6 +102,7 @@ def serve(
         "server_names": tuple(name) if name else None,
         "enrolment_port": enrolment_port,
         "member_port": member_port,
+        "admin_port": admin_port,
         "capture_directory": capture,
     }
     settings = load_settings(config, **{key: value for key, value in overrides.items() if value is not None})

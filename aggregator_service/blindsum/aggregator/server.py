@@ -1,23 +1,29 @@
 """The server: two listeners, the engines, and what they stand on; start, readiness, stop."""
 
 import asyncio
+import contextlib
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from blindsum.aggregator.capture import CaptureInterceptor
 from blindsum.aggregator.clock import Clock, SystemClock
 from blindsum.aggregator.engine import FederationEngine
 from blindsum.aggregator.enrolment_service import EnrolmentService
+from blindsum.aggregator.forwarded_examples import ExampleService
 from blindsum.aggregator.ingest import Ingest
 from blindsum.aggregator.memory_allocator import keep_large_buffers
+from blindsum.aggregator.metrics import ServiceMetrics
 from blindsum.aggregator.native_workers import NativeWorkers
+from blindsum.aggregator.observed_state import ObservedState
 from blindsum.aggregator.peer_identity import PeerCheck
+from blindsum.aggregator.published_models import ModelService
+from blindsum.aggregator.readiness import Readiness
 from blindsum.aggregator.round_run import Surroundings
 from blindsum.aggregator.round_service import RoundService
 from blindsum.aggregator.settings import AggregatorSettings
@@ -32,14 +38,19 @@ from blindsum.crypto.errors import BlindsumError
 from blindsum.crypto.schemes.base import Scheme
 from blindsum.crypto.schemes.registry import scheme as registered_scheme
 from blindsum.crypto.trust.roster import Roster
-from blindsum.proto.v1 import enrolment_pb2, round_pb2
+from blindsum.proto.v1 import enrolment_pb2, examples_pb2, models_pb2, round_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_health.v1._async import HealthServicer  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+if TYPE_CHECKING:
+    from blindsum.aggregator.admin_server import AdminServer
+
 _REGISTRY = "blindsum.crypto.schemes.registry:scheme"
 _THREADS = 16
 LIVE, READY = "live", "ready"
+_WORKING = ("", READY, "blindsum.proto.v1.RoundService", "blindsum.proto.v1.EnrolmentService")
+"""Health services that serve only while the server is ready; `LIVE` serves as long as it answers."""
 
 
 class AggregatorServer:
@@ -61,6 +72,7 @@ class AggregatorServer:
         self.engines: dict[bytes, FederationEngine] = {}
         self.enrolment_port = 0
         self.member_port = 0
+        self.admin_port = 0
         self.ca_pem = b""
         self._clock = clock or SystemClock()
         self._schemes = schemes
@@ -68,6 +80,9 @@ class AggregatorServer:
         self._interceptors: list[grpc.aio.ServerInterceptor] = []
         self._servers: list[grpc.aio.Server] = []
         self._health = HealthServicer()
+        self._admin: AdminServer | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._following: set[asyncio.Task[None]] = set()
         self._opened = ExitStack()
         self._log = logger(part="server")
 
@@ -95,6 +110,8 @@ class AggregatorServer:
             raise StorageFailed(f"{settings.data_dir} can't be used: {error.strerror}") from error
         self.ca_pem = self._authority.pem
         self.store = SqliteState(settings.data_dir / "state.sqlite")
+        self.observed = ObservedState(self.store)
+        """The state as the service uses it; the operators' pages observe it."""
         self._opened.callback(self.store.close)
         self.blobs = FileBlobs(settings.data_dir / "blobs")
         self._workers = NativeWorkers(settings.native_workers, settings.native_seconds, self._scheme_factory)
@@ -102,9 +119,14 @@ class AggregatorServer:
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="blindsum-work")
         self._opened.callback(self._executor.shutdown)
         self._around = Surroundings(
-            self.store, self.blobs, self._clock, self._executor, self._workers, settings.fold_batch
+            self.observed, self.blobs, self._clock, self._executor, self._workers, settings.fold_batch
         )
         self._ingest = Ingest(settings, self._around)
+        self.readiness = Readiness(
+            self.observed, self.blobs, self._clock, self._executor, self._readiness_changed
+        )
+        self.metrics = ServiceMetrics(settings, self._clock, self.observed, self.blobs, self.engines)
+        await self._in_thread(self.metrics.count_stored)
         for record in self.store.find(FederationRecord):
             await self._add_federation(record)
         if settings.capture_directory is not None:
@@ -114,14 +136,73 @@ class AggregatorServer:
             self._interceptors.append(CaptureInterceptor(settings.capture_directory))
         self._peer_check = PeerCheck(self.store, self, self._clock)
         await self._listen()
-        for name in ("", READY, LIVE, "blindsum.proto.v1.RoundService", "blindsum.proto.v1.EnrolmentService"):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
+        if settings.admin_port is not None:
+            await self._start_admin(settings.admin_port)
+        await self._show_readiness(False)
+        self.readiness.serve()
+        await asyncio.gather(*self._following)
+        self._keep_running(self.readiness.keep_probing(settings.probe_seconds))
         self._log.info(
             "ready",
             enrolment_port=self.enrolment_port,
             member_port=self.member_port,
+            admin_port=self.admin_port,
             federations=len(self.engines),
         )
+
+    # What operators see
+
+    async def _start_admin(self, port: int) -> None:
+        # Imported only by servers that have such a port: start-up counts.
+        from blindsum.aggregator.admin_server import (  # noqa: PLC0415
+            AdminCredentials,
+            AdminServer,
+            admin_app,
+        )
+
+        settings = self.settings
+        credentials = AdminCredentials.from_file(
+            settings.admin_token_file or settings.data_dir / "admin.token"
+        )
+        app = admin_app(credentials, lambda: (self.readiness.ready, self.readiness.checks), self.exposition)
+        admin = AdminServer(app, settings.admin_host, port)
+        await admin.start()
+        self._admin = admin
+        self.admin_port = admin.port
+
+    async def exposition(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        with contextlib.suppress(StorageFailed):
+            await self._in_thread(self.metrics.disk_usage)
+        return self.metrics.text(self._ingest.slots_taken)
+
+    def _readiness_changed(self, ready: bool) -> None:
+        # Health streams are told in order: each news waits for the one before.
+        before = tuple(self._following)
+
+        async def show() -> None:
+            if before:
+                await asyncio.wait(before)
+            await self._show_readiness(ready)
+
+        task = asyncio.create_task(show())
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
+
+    async def _show_readiness(self, ready: bool) -> None:
+        self.metrics.ready.set(ready)
+        answer = health_pb2.HealthCheckResponse
+        for name in _WORKING:
+            await self._health.set(name, answer.SERVING if ready else answer.NOT_SERVING)
+
+    def _keep_running(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     async def _add_federation(self, record: FederationRecord) -> None:
         engine = FederationEngine(record, self.settings, self._around, self._schemes, self._ingest.end_round)
@@ -166,17 +247,34 @@ class AggregatorServer:
             self._ingest,
             self._peer_check.require_current,
         )
+        examples = ExampleService(settings, self._around, self.engines)
+        models = ModelService(settings, self._around, self.engines)
+        await examples.delete_leftovers()
+        await models.delete_leftovers()
+        for_members = {
+            round_pb2.DESCRIPTOR.services_by_name["RoundService"]: rounds,
+            examples_pb2.DESCRIPTOR.services_by_name["ExampleService"]: examples,
+            models_pb2.DESCRIPTOR.services_by_name["ModelService"]: models,
+        }
         self.enrolment_port = await self._serve(
-            strict_handler(
-                enrolment_pb2.DESCRIPTOR.services_by_name["EnrolmentService"], enrolment, lambda _: None
-            ),
+            [
+                strict_handler(
+                    enrolment_pb2.DESCRIPTOR.services_by_name["EnrolmentService"],
+                    enrolment,
+                    lambda _: None,
+                    self.metrics,
+                )
+            ],
             anyone,
             settings.enrolment_port,
             settings.enrolment_message_limit,
             settings.max_enrolment_calls,
         )
         self.member_port = await self._serve(
-            strict_handler(round_pb2.DESCRIPTOR.services_by_name["RoundService"], rounds, self._peer_check),
+            [
+                strict_handler(descriptor, service, self._peer_check, self.metrics)
+                for descriptor, service in for_members.items()
+            ],
             members,
             settings.member_port,
             settings.message_limit,
@@ -184,7 +282,7 @@ class AggregatorServer:
         )
 
     async def _serve(
-        self, handler: Any, credentials: grpc.ServerCredentials, port: int, limit: int, calls: int
+        self, handlers: list[Any], credentials: grpc.ServerCredentials, port: int, limit: int, calls: int
     ) -> int:
         server = grpc.aio.server(
             options=(
@@ -201,10 +299,10 @@ class AggregatorServer:
             interceptors=self._interceptors,
             maximum_concurrent_rpcs=calls,
         )
-        server.add_generic_rpc_handlers((handler,))
+        server.add_generic_rpc_handlers(handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (
-            handler.service_name(),
+            *(handler.service_name() for handler in handlers),
             health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
             reflection.SERVICE_NAME,
         )
@@ -223,8 +321,12 @@ class AggregatorServer:
         await server.start()
         return bound
 
-    async def stop(self, grace: float = 2.0) -> None:
-        """Say that no more work is taken, let calls finish for `grace` seconds, close everything."""
+    async def stop(self, grace: float = 2.0, drain: float = 0.0, hurry: asyncio.Event | None = None) -> None:
+        """Say that no more work is taken, let running uploads end for `drain` seconds (or until `hurry`) and
+        other calls for `grace` seconds, close everything."""
+        self.readiness.drain()
+        await asyncio.gather(*self._following)
+        await self._drain(drain, hurry or asyncio.Event())
         await self._health.enter_graceful_shutdown()
         for engine in self.engines.values():
             engine.end_watches()
@@ -232,8 +334,23 @@ class AggregatorServer:
         await self._close(grace)
         self._log.info("stopped")
 
+    async def _drain(self, seconds: float, hurry: asyncio.Event) -> None:
+        waiting = {asyncio.create_task(self._ingest.drain()), asyncio.create_task(hurry.wait())}
+        # Uploads that are over take a turn of the loop to say so.
+        await asyncio.wait(waiting, timeout=seconds or 0.001, return_when=asyncio.FIRST_COMPLETED)
+        if self._ingest.slots_taken:
+            self._log.warning("uploads still ran and are cut; members go on with them later")
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+
     async def _close(self, grace: float) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
+        if self._admin is not None:
+            await self._admin.stop()
         for engine in self.engines.values():
             await engine.stop()
         # The executor first, then the workers, then the state that both write to.

@@ -38,6 +38,14 @@ class AggregatorSettings(BaseSettings):
     member_port: int = Field(default=8471, ge=0, le=65535)
     server_names: tuple[str, ...] = ("localhost", "127.0.0.1")
     """DNS names and addresses that the server's certificate is for."""
+
+    admin_port: int | None = Field(default=None, ge=0, le=65535)
+    """Health, metrics and the operators' page over HTTP; 0 picks a port, none means no such port."""
+    admin_host: str = "127.0.0.1"
+    admin_token_file: Path | None = None
+    """The token that the admin port asks for; `admin.token` in the data directory if none is named."""
+    admin_behind_proxy: bool = False
+    """A proxy that speaks TLS stands before the admin port, which may then listen beyond loopback."""
     member_certificate_days: int = Field(default=30, ge=1)
     server_certificate_days: int = Field(default=90, ge=2)
 
@@ -58,6 +66,14 @@ class AggregatorSettings(BaseSettings):
     """Bytes that must stay free on the disk; uploads beyond wait."""
     keep_rounds: int = Field(default=2, ge=1, le=1000)
     """Published sums and checkpoints of so many of the newest rounds are kept."""
+    keep_days: float | None = Field(default=None, gt=0)
+    """Of those, sums of rounds that ended longer ago go too; the newest training state always stays."""
+    drain_seconds: float = Field(default=30.0, ge=0, le=3600)
+    """On SIGTERM, running uploads get so long to end; nothing new is admitted meanwhile."""
+    probe_seconds: float = Field(default=10.0, ge=0.05, le=3600)
+    """How often a row and a blob are written to see whether the storage works."""
+    retention_seconds: float = Field(default=3600.0, ge=0.05)
+    """How often what retention no longer keeps is deleted."""
 
     message_limit: int = Field(default=1 * MIB, ge=512 * 1024, le=8 * MIB)
     enrolment_message_limit: int = Field(default=16 * MIB, ge=1 * MIB, le=64 * MIB)
@@ -72,6 +88,8 @@ class AggregatorSettings(BaseSettings):
     """Record every message that the handlers receive and return: for privacy officers and tests."""
     log_level: str = "INFO"
     log_json: bool = True
+    tracing: bool = False
+    """OpenTelemetry spans of every call, to where the OTEL_* variables say; needs the extra `otel`."""
 
     @field_validator("owners")
     @classmethod
@@ -106,6 +124,13 @@ class AggregatorSettings(BaseSettings):
             raise ValueError(f"allow_any_owner with host {self.host!r} would let strangers fill the disk")
         if self.enrolment_port == self.member_port != 0:
             raise ValueError("enrolment_port and member_port must differ: their TLS rules do")
+        if self.admin_port and self.admin_port in (self.enrolment_port, self.member_port):
+            raise ValueError("admin_port must be a port of its own: it isn't for members")
+        if not _loopback(self.admin_host) and not self.admin_behind_proxy:
+            raise ValueError(
+                f"admin_host {self.admin_host!r} would send the admin token over the network in the clear; "
+                "keep it on loopback, or put a proxy with TLS before it and set admin_behind_proxy = true"
+            )
         if self.member_certificate_days > 90:
             raise ValueError(
                 "member_certificate_days is above 90: there is no revocation list, so keep it short"

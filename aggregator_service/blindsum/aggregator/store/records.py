@@ -228,6 +228,36 @@ class InitialStateRecord(Record):
 
 
 @dataclass(frozen=True)
+class ExampleRecord(Record):
+    """A sealed example from one member to another; its bytes are a blob as long as it is waiting."""
+
+    KEY = ("federation", "example")
+    federation: bytes
+    example: bytes
+    sender: str
+    recipient: str
+    digest: bytes
+    size: int
+    state: str
+    created_ms: int
+    changed_ms: int
+
+
+@dataclass(frozen=True)
+class ModelRecord(Record):
+    """A published version of a model; its bytes are a blob."""
+
+    KEY = ("federation", "publisher", "name", "number")
+    federation: bytes
+    publisher: str
+    name: str
+    number: int
+    total: int
+    digest: bytes
+    created_ms: int
+
+
+@dataclass(frozen=True)
 class EventRecord(Record):
     """One line of the append-only audit, chained by hash to the line before.
 
@@ -242,6 +272,15 @@ class EventRecord(Record):
     sequence: int = 0
     previous: bytes = b""
     digest: bytes = b""
+
+
+@dataclass(frozen=True)
+class ProbeRecord(Record):
+    """Written again and again to find out whether the state can be written."""
+
+    KEY = ("name",)
+    name: str
+    at_ms: int
 
 
 TABLES: tuple[type[Record], ...] = (
@@ -260,5 +299,8 @@ TABLES: tuple[type[Record], ...] = (
     ConclusionRecord,
     CheckpointRecord,
     InitialStateRecord,
+    ExampleRecord,
+    ModelRecord,
     EventRecord,
+    ProbeRecord,
 )
