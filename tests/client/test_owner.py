@@ -220,7 +220,7 @@ def test_a_lost_answer_to_a_publication_is_no_problem(
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(owner, "_keep", die)
+    monkeypatch.setattr(owner._folder, "keep", die)
     with pytest.raises(KeyboardInterrupt):
         owner.renew()
     monkeypatch.undo()

@@ -225,7 +225,7 @@ def test_a_checkpoint_signed_by_too_few(blindsum_federation: Make) -> None:
 
 def signed_again(federation: Federation, key: SigningKey, kind: str, **changes: Any) -> bytes:
     form: Any = {policies.KIND: Policy, rosters.KIND: Roster}[kind]
-    body = open_document(federation.owner._signed(kind), federation.owner.public_key, kind, form)
+    body = open_document(federation.owner.signed(kind), federation.owner.public_key, kind, form)
     return sign_document(key, kind, replace_document(body, **changes)).to_bytes()
 
 
@@ -258,7 +258,7 @@ def test_a_document_of_someone_else(blindsum_federation: Make, kind: str) -> Non
 def test_an_older_policy_than_the_one_pinned(blindsum_federation: Make) -> None:
     server = LyingServer()
     federation = blindsum_federation(3, make_server=server, model=small_model())
-    first = federation.owner._signed(policies.KIND).to_bytes()
+    first = federation.owner.signed(policies.KIND).to_bytes()
     federation.owner.set_policy(n_min=3, max_weight_ratio=32)
     federation.run(one_round)
     server.lies(serving(server, first, policies.KIND))
@@ -270,7 +270,7 @@ def test_another_document_than_its_digest_says(blindsum_federation: Make) -> Non
     server = LyingServer()
     federation = blindsum_federation(3, make_server=server, model=small_model())
     other = signed_again(federation, federation.owner._key, "policy", version=9)
-    server.serves(federation.owner._signed(policies.KIND).digest, other)
+    server.serves(federation.owner.signed(policies.KIND).digest, other)
     with federation.open(VICTIM) as member, pytest.raises(Refused, match="another document"):
         next(member.rounds())
 

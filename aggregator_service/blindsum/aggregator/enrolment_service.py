@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from blindsum.aggregator.engine import FederationEngine, checkpoint_name, event
@@ -43,6 +43,7 @@ from blindsum.proto.v1 import enrolment_pb2 as wire
 MAX_JOIN_BYTES = 16 * 1024
 MAX_FIRST_STATE_BYTES = 1 << 40
 JOINS_PER_TOKEN = 4
+LONGEST_WATCH_SECONDS = 3600
 ROUNDS_IN_STATUS = 100
 
 
@@ -50,6 +51,14 @@ def _exactly(value: bytes, size: int, what: str) -> bytes:
     if len(value) != size:
         raise Refused(RefusalReason.WRONG_SIZE, f"{what} has {size} bytes, not {len(value)}")
     return value
+
+
+@dataclass(frozen=True)
+class OwnerLook:
+    """When an owner last looked at the requests of its federation, and by when it said it looks again."""
+
+    at_ms: int
+    again_ms: int
 
 
 class EnrolmentService:
@@ -74,6 +83,7 @@ class EnrolmentService:
         self._published = published
         self._publishing = asyncio.Lock()
         self._issuing = asyncio.Lock()
+        self._looks: dict[bytes, OwnerLook] = {}
         self._log = logger(part="enrolment")
 
     def _engine(self, federation: bytes) -> FederationEngine:
@@ -219,10 +229,19 @@ class EnrolmentService:
                 return wire.PollJoinResponse(
                     state=wire.JOIN_STATE_REFUSED, reason="the owner has removed this member"
                 )
-            return wire.PollJoinResponse(state=wire.JOIN_STATE_WAITING)
+            return self._still_waiting(engine)
         async with self._issuing:
             certificate = await self._certificate(row)
         return wire.PollJoinResponse(state=wire.JOIN_STATE_ADMITTED, certificate=certificate)
+
+    def _still_waiting(self, engine: FederationEngine) -> wire.PollJoinResponse:
+        look = self._looks.get(engine.federation)
+        now = self._around.clock.now_ms()
+        return wire.PollJoinResponse(
+            state=wire.JOIN_STATE_WAITING,
+            owner_looked=0 if look is None else look.at_ms // 1000,
+            owner_watching=look is not None and now <= look.again_ms,
+        )
 
     async def _certificate(self, row: JoinRecord) -> bytes:
         """The stored certificate while more than a third of its life is left, else a new one."""
@@ -255,6 +274,10 @@ class EnrolmentService:
     ) -> wire.ListJoinRequestsResponse:
         """Requests that wait for the owner."""
         engine = self._proven(request.proof, "ListJoinRequests")
+        now = self._around.clock.now_ms()
+        # Twice the time it said: a look may come late without anybody having gone.
+        again_ms = 2000 * min(request.again_within, LONGEST_WATCH_SECONDS)
+        self._looks[engine.federation] = OwnerLook(now, now + again_ms if again_ms else 0)
         return wire.ListJoinRequestsResponse(
             pending=[
                 wire.ListJoinRequestsResponse.Pending(
@@ -366,6 +389,7 @@ class EnrolmentService:
             plan=plan.name if plan is not None else "",
             state_round=engine.state.state_round if engine.state is not None else 0,
             plan_rounds=plan.rounds if plan is not None else 0,
+            waits_for=engine.waits_for(),
             members=[
                 wire.GetStatusResponse.Member(
                     id=member,

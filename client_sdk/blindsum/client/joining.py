@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -77,7 +78,7 @@ def join(
             line.close()
         mark = fingerprint(opened.identity.public)
     if wait:
-        wait_for_admission(path, on_wait=lambda: on_progress("waiting", 0, 0))
+        wait_for_admission(path, on_wait=lambda _: on_progress("waiting", 0, 0))
     return mark
 
 
@@ -108,8 +109,40 @@ def _make(invitation: Invitation, path: Path, organisation: str) -> None:
     MemberFolder.create(path, pin, identity, hpke, transport, body, request).close()
 
 
+@dataclass(frozen=True)
+class Admission:
+    """What became of a request, as the aggregator says.
+
+    `owner_looked` is when the owner last looked at the requests (Unix seconds; 0: not since the server
+    started), `owner_watching` whether it does so all the time. Only the signed roster admits: a member
+    checks that by itself before its first round.
+    """
+
+    admitted: bool
+    owner_watching: bool = False
+    owner_looked: int = 0
+
+    def __str__(self) -> str:
+        if self.admitted:
+            return "admitted"
+        if self.owner_watching:
+            return "waiting; the owner's machine is watching and looks at requests as they come"
+        if self.owner_looked:
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.owner_looked))
+            return f"waiting at the server; the owner's machine isn't watching, it last looked at {when}"
+        return "waiting at the server; the owner's machine isn't watching and hasn't looked yet"
+
+
 def poll(folder: str | os.PathLike[str], *, patience: Patience = DEFAULT) -> bool:
     """Whether the owner has admitted this member; then its certificate is stored.
+
+    Raises `Refused` (not_a_participant) when the owner said no.
+    """
+    return ask(folder, patience=patience).admitted
+
+
+def ask(folder: str | os.PathLike[str], *, patience: Patience = DEFAULT) -> Admission:
+    """What became of this member's request; once it is admitted, its certificate is stored.
 
     Raises `Refused` (not_a_participant) when the owner said no.
     """
@@ -127,9 +160,9 @@ def poll(folder: str | os.PathLike[str], *, patience: Patience = DEFAULT) -> boo
         if answer.state == enrolment_pb2.JOIN_STATE_REFUSED:
             raise Refused(RefusalReason.NOT_A_PARTICIPANT, f"the owner refused {pin.member}: {answer.reason}")
         if answer.state != enrolment_pb2.JOIN_STATE_ADMITTED:
-            return False
+            return Admission(False, answer.owner_watching, answer.owner_looked)
         opened.keep_certificate(answer.certificate)
-        return True
+        return Admission(True)
 
 
 def wait_for_admission(
@@ -137,11 +170,15 @@ def wait_for_admission(
     *,
     patience: Patience = FOR_DAYS,
     stop: threading.Event | None = None,
-    on_wait: Callable[[], None] = lambda: None,
+    on_wait: Callable[[Admission], None] = lambda _: None,
 ) -> None:
-    """Poll until the owner answers: the owner is offline most of the time, so this may take days."""
+    """Poll until the owner answers: the owner is offline most of the time, so this may take days.
+
+    `on_wait` hears after each poll whether somebody watches. Raises `Refused` (not_a_participant) when the
+    owner said no, or patience is at its end.
+    """
     backoff = Backoff(patience, stop or threading.Event())
-    while not poll(folder):
-        on_wait()
+    while not (answer := ask(folder)).admitted:
+        on_wait(answer)
         if not backoff.wait():
             raise Refused(RefusalReason.NOT_A_PARTICIPANT, "the owner hasn't answered yet; ask again later")

@@ -53,6 +53,7 @@ from numpy.typing import NDArray
 
 _SCHEMA: Final = """
 CREATE TABLE fact (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE roster (version INTEGER PRIMARY KEY, signed BLOB NOT NULL) STRICT;
 CREATE TABLE plan (name TEXT PRIMARY KEY, version INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE round (
     only INTEGER PRIMARY KEY CHECK (only = 1),
@@ -66,7 +67,7 @@ CREATE TABLE receipt (
     number INTEGER PRIMARY KEY, body BLOB NOT NULL, metrics TEXT NOT NULL, sum BLOB NOT NULL,
     max_error REAL NOT NULL) STRICT;
 """
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 
 class Pin(Document, frozen=True, kw_only=True):
@@ -264,6 +265,18 @@ class MemberFolder:
             for name, value in facts.items():
                 data = value.to_bytes(8, "little") if isinstance(value, int) else value
                 self._db.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (name, data))
+
+    def keep_roster(self, version: int, signed: bytes) -> None:
+        """Store a roster that was verified: the one in force from now on."""
+        with self.transaction():
+            self._db.execute("INSERT OR REPLACE INTO roster VALUES (?, ?)", (version, signed))
+            self.keep(roster=signed)
+
+    def rosters(self) -> list[bytes]:
+        """Every roster that was in force here, oldest first: receipts name members that left since."""
+        with self._mutex:
+            rows = self._db.execute("SELECT signed FROM roster ORDER BY version").fetchall()
+        return [bytes(row[0]) for row in rows]
 
     def plan_version(self, name: str) -> int:
         """The newest version seen of a plan of this name; 0 for a new one."""

@@ -5,9 +5,11 @@ The owner is offline most of the time; the aggregator only stores and relays wha
 """
 
 import hashlib
+import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeVar
@@ -15,26 +17,18 @@ from typing import Any, Final, Literal, Self, TypeVar
 import msgspec
 from blindsum.client.layout import EVERYTHING, StateDict, arrays, dress, framework_of, layout_of
 from blindsum.client.member import FRAMEWORK_SETTING
-from blindsum.client.private_files import (
-    FolderError,
-    FolderLock,
-    make_private_folder,
-    read_private,
-    remove_private,
-    write_private,
-)
-from blindsum.client.transport import CHUNK_BYTES, DEFAULT, EnrolmentLine, Patience
-from blindsum.crypto.canonical import (
-    Document,
-    Message,
-    decode_document,
-    decode_message,
-    encode_document,
-    encode_message,
-)
+from blindsum.client.owner_folder import OwnerFolder, Place
+from blindsum.client.transport import CHUNK_BYTES, DEFAULT, EnrolmentLine, Patience, Stopped
+from blindsum.crypto.canonical import Document, decode_document, encode_document
 from blindsum.crypto.encoding.vector import VectorPlan, field_count
-from blindsum.crypto.errors import DocumentError, ParameterRefused, RefusalReason, Refused, StateMismatch
-from blindsum.crypto.primitives.derivation import same, system_random
+from blindsum.crypto.errors import (
+    DocumentError,
+    ParameterRefused,
+    RefusalReason,
+    Refused,
+    StateMismatch,
+)
+from blindsum.crypto.primitives.derivation import system_random
 from blindsum.crypto.primitives.signing import SigningKey
 from blindsum.crypto.schemes.homomorphic.cipher import (
     CipherParameters,
@@ -47,13 +41,7 @@ from blindsum.crypto.trust import plan as plans
 from blindsum.crypto.trust import policy as policies
 from blindsum.crypto.trust import roster as rosters
 from blindsum.crypto.trust.acceptance import StateClaim, accept_state
-from blindsum.crypto.trust.documents import (
-    SignedDocument,
-    fingerprint,
-    open_document,
-    parse_signed,
-    sign_document,
-)
+from blindsum.crypto.trust.documents import SignedDocument, fingerprint, parse_signed, sign_document
 from blindsum.crypto.trust.envelope import seal_group_key, seal_he_key
 from blindsum.crypto.trust.group_key import GroupKey
 from blindsum.crypto.trust.joining import (
@@ -83,26 +71,16 @@ from blindsum.proto.v1 import enrolment_pb2
 DAY: Final = 86_400
 VALID_DAYS: Final = 30
 INVITATION_DAYS: Final = 14
+_LOOK_SECONDS: Final = 1.0
+_log = logging.getLogger("blindsum.client")
 D = TypeVar("D", bound=Document)
 
 MetricRange = tuple[float, float] | tuple[float, float, float]
 """(low, high) or (low, high, resolution)."""
 
 
-class Place(Document, frozen=True, kw_only=True):
-    """Where the federation's aggregator is. `ca` secures the connection and means nothing for trust."""
-
-    enrolment_address: str
-    member_address: str
-    ca: str
-
-
-class _Outbox(Message, frozen=True):
-    """A publication that was signed and isn't acknowledged yet."""
-
-    documents: tuple[bytes, ...]
-    envelopes: tuple[bytes, ...]
-    he_public_keys: tuple[bytes, ...]
+_RUNNING: Final = ("open", "published")
+"""What the aggregator calls a round that hasn't ended."""
 
 
 @dataclass(frozen=True)
@@ -121,25 +99,35 @@ class Application:
         return fingerprint(self.body.identity)
 
 
+@dataclass(frozen=True)
+class RoundMetrics:
+    """What the metrics of a concluded round were: means over its survivors, which only key holders open."""
+
+    round: int
+    survivors: int
+    means: Mapping[str, float]
+
+
 class Owner:
-    """An open owner's folder. `init` makes one, `open` opens it; `close` it, or use `with`."""
+    """An open owner's folder. `init` makes one, `open` and `look` open it; `close` it, or use `with`."""
 
     def __init__(
-        self, path: Path, *, patience: Patience = DEFAULT, now: Callable[[], float] = time.time
+        self,
+        folder: OwnerFolder,
+        *,
+        patience: Patience = DEFAULT,
+        now: Callable[[], float] = time.time,
+        stop: threading.Event | None = None,
     ) -> None:
-        self.path = path
-        self._lock = FolderLock(path)
+        self._folder = folder
+        self.path = folder.path
+        self.federation, self.place = folder.federation, folder.place
+        self._key = folder.key
         self._now = now
         try:
-            self._key = SigningKey(read_private(path / "owner.key"))
-            self._signed_federation = parse_signed(read_private(path / "federation.bin"))
-            self.federation = open_document(
-                self._signed_federation, self._key.public, FEDERATION_KIND, Federation
-            )
-            self.place = decode_document(read_private(path / "place.json"), Place, "place.json")
-            self._line = EnrolmentLine(self.place.enrolment_address, self.place.ca, patience)
+            self._line = EnrolmentLine(self.place.enrolment_address, self.place.ca, patience, stop)
         except BaseException:
-            self._lock.release()
+            folder.close()
             raise
 
     @classmethod
@@ -187,28 +175,42 @@ class Owner:
             members=(),
         )
         path = Path(folder)
-        make_private_folder(path)
-        for part in ("documents", "invitations"):
-            (path / part).mkdir(mode=0o700)
         place = Place(enrolment_address=enrolment_address, member_address=member_address, ca=ca)
-        write_private(path / "owner.key", key.secret_bytes())
-        write_private(path / "group-1.key", group.secret_bytes())
-        write_private(path / "place.json", encode_document(place))
-        write_private(path / "federation.bin", sign_document(key, FEDERATION_KIND, federation).to_bytes())
-        owner = cls(path, patience=patience)
-        owner._keep(sign_document(key, policies.KIND, first))
-        owner._keep(sign_document(key, rosters.KIND, roster))
-        return owner
+        OwnerFolder.create(path, key, group, place, sign_document(key, FEDERATION_KIND, federation))
+        opened = OwnerFolder(path)
+        opened.keep(sign_document(key, policies.KIND, first))
+        opened.keep(sign_document(key, rosters.KIND, roster))
+        return cls(opened, patience=patience)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], *, patience: Patience = DEFAULT) -> "Owner":
-        """Open an owner's folder and lock it. Raises `FolderInUse`, `FolderError`."""
-        return cls(Path(folder), patience=patience)
+    def open(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        patience: Patience = DEFAULT,
+        stop: threading.Event | None = None,
+    ) -> "Owner":
+        """Open an owner's folder and lock it. Raises `FolderInUse`, `FolderError`.
+
+        Setting `stop` ends calls that wait for the aggregator, with `Stopped`.
+        """
+        return cls(OwnerFolder(Path(folder)), patience=patience, stop=stop)
+
+    @classmethod
+    def look(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        patience: Patience = DEFAULT,
+        stop: threading.Event | None = None,
+    ) -> "Owner":
+        """Open an owner's folder for looking only, also while another process has it open."""
+        return cls(OwnerFolder(Path(folder), read_only=True), patience=patience, stop=stop)
 
     def close(self) -> None:
         """Close the connection and unlock the folder."""
         self._line.close()
-        self._lock.release()
+        self._folder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -229,36 +231,26 @@ class Owner:
     @property
     def policy(self) -> Policy:
         """The policy in force."""
-        return self._document(policies.KIND, Policy)
+        return self._folder.policy
 
     @property
     def roster(self) -> Roster:
         """The roster in force."""
-        return self._document(rosters.KIND, Roster)
+        return self._folder.roster
 
     @property
     def plan(self) -> Plan | None:
         """The newest plan, if any."""
-        return self._document(plans.KIND, Plan) if (self.path / f"{plans.KIND}.bin").exists() else None
+        return self._folder.plan
 
     @property
     def group_key(self) -> GroupKey:
         """The group key of the roster's epoch."""
-        return self._group_key(self.roster.epoch)
+        return self._folder.group_key(self.roster.epoch)
 
-    def _group_key(self, epoch: int) -> GroupKey:
-        return GroupKey(read_private(self.path / f"group-{epoch}.key"), epoch)
-
-    def _signed(self, kind: str) -> SignedDocument:
-        return parse_signed(read_private(self.path / f"{kind}.bin"))
-
-    def _document(self, kind: str, form: type[D]) -> D:
-        return open_document(self._signed(kind), self._key.public, kind, form)
-
-    def _keep(self, signed: SignedDocument) -> None:
-        data = signed.to_bytes()
-        write_private(self.path / "documents" / f"{signed.digest.hex()}.bin", data)
-        write_private(self.path / f"{signed.kind}.bin", data)
+    def signed(self, kind: str) -> SignedDocument:
+        """The newest policy, roster or plan, as it was signed."""
+        return self._folder.signed(kind)
 
     # The aggregator
 
@@ -267,11 +259,13 @@ class Owner:
 
         Raises `Refused` (policy) as long as the operator hasn't allowed the owner key.
         """
-        request = enrolment_pb2.CreateFederationRequest(document=self._signed_federation.to_bytes())
+        self._folder.require_writable()
+        document = self._folder.signed_federation.to_bytes()
+        request = enrolment_pb2.CreateFederationRequest(document=document)
         self._line.call(self._line.stub.CreateFederation, request, what="registering the federation")
         self._send_outbox()
-        roster = self._signed(rosters.KIND)
-        self._publish((self._signed(policies.KIND), roster), self._envelopes(self.roster, roster.digest))
+        roster = self.signed(rosters.KIND)
+        self._publish((self.signed(policies.KIND), roster), self._envelopes(self.roster, roster.digest))
 
     def _publish(
         self,
@@ -281,17 +275,15 @@ class Owner:
     ) -> None:
         """Publish all or none; what was signed is durable first, so that a lost answer is no problem."""
         self._send_outbox()
-        outbox = _Outbox(
-            tuple(signed.to_bytes() for signed in documents), tuple(envelopes), tuple(he_public_keys)
-        )
-        write_private(self.path / "outbox.bin", encode_message(outbox))
+        self._folder.fill_outbox(documents, envelopes, he_public_keys)
         self._send_outbox()
 
     def _send_outbox(self) -> None:
-        path = self.path / "outbox.bin"
-        if not path.exists():
+        folder = self._folder
+        folder.require_writable()
+        outbox = folder.outbox()
+        if outbox is None:
             return
-        outbox = decode_message(read_private(path), _Outbox, "the outbox")
         request = enrolment_pb2.PublishRequest(
             federation=self.federation.id,
             documents=outbox.documents,
@@ -301,13 +293,15 @@ class Owner:
         try:
             self._line.call(self._line.stub.Publish, request, what="publishing")
         except Refused:
-            remove_private(path)
+            folder.empty_outbox()
             raise
-        for data in outbox.documents:
-            signed = parse_signed(data)
+        documents = [parse_signed(data) for data in outbox.documents]
+        for signed in documents:
             if signed.kind != REFUSAL_KIND:
-                self._keep(signed)
-        remove_private(path)
+                folder.keep(signed)
+        if any(signed.kind == plans.KIND for signed in documents):
+            folder.keep_plan_epoch(self.roster.epoch)
+        folder.empty_outbox()
 
     def _proof(self, verb: str, *fields: bytes) -> enrolment_pb2.OwnerProof:
         now = int(self._now())
@@ -321,6 +315,7 @@ class Owner:
 
         The token in it admits one member. Inviting again replaces the token.
         """
+        self._folder.require_writable()
         if member in self.roster.position:
             raise DocumentError(f"{member!r} is a member already; choose another name, or remove it first")
         invitation = _checked(
@@ -335,27 +330,43 @@ class Owner:
             member=member,
             valid_until=int(self._now()) + days * DAY,
         )
-        path = self.path / "invitations" / f"{member}.json"
-        write_private(path, encode_document(invitation))
-        return path
+        return self._folder.keep_invitation(invitation)
 
     def invited(self) -> list[str]:
         """Names that have an open invitation."""
-        return sorted(path.stem for path in (self.path / "invitations").glob("*.json"))
+        return self._folder.invited()
 
-    def pending(self) -> list[Application]:
-        """Requests that wait for an answer, each checked: signature, invitation, token, date."""
-        request = enrolment_pb2.ListJoinRequestsRequest(proof=self._proof("ListJoinRequests"))
+    def withdraw(self, *members: str) -> list[str]:
+        """Withdraw open invitations: their tokens admit nobody any more. Which there were."""
+        self._folder.require_writable()
+        there = [member for member in members if self._folder.invitation(member) is not None]
+        for member in there:
+            self._folder.drop_invitation(member)
+        return there
+
+    def pending(self, *, again_within: int = 0) -> list[Application]:
+        """Requests that wait for an answer, each checked: signature, invitation, token, date.
+
+        `again_within`: the owner asks again within so many seconds; applicants hear that somebody watches.
+        """
+        request = enrolment_pb2.ListJoinRequestsRequest(
+            proof=self._proof("ListJoinRequests"), again_within=again_within
+        )
         answer = self._line.call(self._line.stub.ListJoinRequests, request, what="listing the requests")
-        found = [self._application(pending) for pending in answer.pending]
+        found = [one for one in map(self._application, answer.pending) if one is not None]
         return sorted(found, key=lambda one: (one.member, one.request_id))
 
-    def _application(self, pending: enrolment_pb2.ListJoinRequestsResponse.Pending) -> Application:
-        body = decode_document(pending.body, JoinBody, "a join request")
+    def _application(self, pending: enrolment_pb2.ListJoinRequestsResponse.Pending) -> Application | None:
+        try:
+            body = decode_document(pending.body, JoinBody, "a join request")
+        except Refused as refusal:
+            # An honest aggregator relays none of these; one bad request mustn't hide the others.
+            _log.warning("the aggregator relayed a join request that isn't one: %s", refusal.text)
+            return None
         problem = ""
         try:
             check_request_signature(body.identity, pending.signature, pending.body)
-            invitation = self._invitation(body.id)
+            invitation = self._folder.invitation(body.id)
             if body.federation != self.federation.id:
                 raise Refused(RefusalReason.POLICY, "it is for another federation")
             if invitation is None or token_id(invitation.token) != pending.token_id:
@@ -367,20 +378,15 @@ class Owner:
             problem = refusal.text
         return Application(body.id, body.organisation, pending.request_id, body, problem)
 
-    def _invitation(self, member: str) -> Invitation | None:
-        path = self.path / "invitations" / f"{member}.json"
-        if not path.exists():
-            return None
-        return decode_document(read_private(path), Invitation, "the invitation")
-
-    def admit(self, *members: str) -> list[str]:
+    def admit(self, *members: str, keys: Collection[str] = ()) -> list[str]:
         """Admit applicants by name (all whose request is in order, if none is named); who was admitted.
 
-        Signs the next roster and a key envelope for every member. Raises `DocumentError` for a name whose
-        request is missing or has a problem.
+        With `keys` only requests of keys with these fingerprints count. Signs the next roster and a key
+        envelope for every member. Raises `DocumentError` for a name whose request is missing or has a
+        problem.
         """
         self._send_outbox()
-        waiting = self.pending()
+        waiting = [one for one in self.pending() if not keys or one.fingerprint in keys]
         if members:
             chosen = []
             for name in members:
@@ -415,44 +421,51 @@ class Owner:
             replace_document(roster, members=tuple(sorted((*kept, *entries), key=lambda entry: entry.id)))
         )
         for one in chosen:
-            remove_private(self.path / "invitations" / f"{one.member}.json")
+            self._folder.drop_invitation(one.member)
         return [one.member for one in chosen]
 
-    def refuse(self, member: str, reason: str) -> int:
-        """Refuse every waiting request under this name; how many there were."""
+    def refuse(self, member: str, reason: str, fingerprint: str = "") -> int:
+        """Refuse every waiting request under this name (of this key, if given); how many there were."""
+        self._folder.require_writable()
         refused = [
             sign_document(
                 self._key,
                 REFUSAL_KIND,
-                Refusal(federation=self.federation.id, request_id=one.request_id, reason=reason),
+                _checked(Refusal, federation=self.federation.id, request_id=one.request_id, reason=reason),
             )
             for one in self.pending()
-            if one.member == member
+            if one.member == member and fingerprint in ("", one.fingerprint)
         ]
         if refused:
             self._publish(refused)
         return len(refused)
 
-    def remove(self, *members: str) -> None:
-        """Remove members. Group key and HE keys change, and a running plan goes on under the new ones."""
-        self._send_outbox()
+    def remove(self, *members: str, wait: bool = True, at_once: bool = False) -> bool:
+        """Remove members: from now on no call of theirs is served. Group key and HE keys change.
+
+        In a running round they are dropouts; once it has ended, the plan goes on under the new keys. With
+        `wait` this returns then; without, call `finish_rotation` later (`blindsum owner watch` does). With
+        `at_once` a running round is aborted. True when the plan goes on already.
+
+        Raises `DocumentError` for a name that isn't in the roster.
+        """
+        self._begin()
         roster = self.roster
         for member in members:
             roster.entry(member)
         left = tuple(entry for entry in roster.members if entry.id not in members)
-        self._rotate(replace_document(roster, members=left))
+        return self._rotate(replace_document(roster, members=left), wait, at_once)
 
-    def rotate(self) -> None:
-        """Change group key and HE keys without removing anyone."""
-        self._send_outbox()
-        self._rotate(self.roster)
+    def rotate(self, *, wait: bool = True, at_once: bool = False) -> bool:
+        """Change group key and HE keys without removing anyone. As `remove` in all else."""
+        self._begin()
+        return self._rotate(self.roster, wait, at_once)
 
-    def _rotate(self, roster: Roster) -> None:
+    def _rotate(self, roster: Roster, wait: bool, at_once: bool) -> bool:
         """Publish the roster under new keys; the newest training state is sealed anew as the plan's S_0."""
         plan = self.plan
-        carried = self._newest_state() if plan is not None else None
         group = GroupKey.generate(roster.epoch + 1)
-        write_private(self.path / f"group-{group.epoch}.key", group.secret_bytes())
+        self._folder.keep_group_key(group)
         pairs = [
             self._new_he_key(key.scheme, _parameters(key), key.bits, key.n_max) for key in roster.he_keys
         ]
@@ -462,21 +475,75 @@ class Owner:
             group_key=group.key_id,
             he_keys=tuple(key for key, _ in pairs),
         )
-        documents: list[SignedDocument] = []
+        public = [public for _, public in pairs]
+        if plan is not None and not at_once and self.round_running():
+            # The running round goes on under the keys it began with; the plan follows when it has ended.
+            self._publish_roster(fresh, (), public)
+            return self.finish_rotation(wait=wait)
+        carried = None if plan is None else self._newest_state()
+        documents = []
         if plan is not None and carried is not None and carried.index < plan.rounds:
-            state = replace(carried, index=0)
-            continued = replace_document(
-                plan,
-                version=plan.version + 1,
-                rounds=plan.rounds - carried.index,
-                cohort_wanted=max(plan.cohort_min, min(plan.cohort_wanted, len(roster.members))),
-                initial_state=state.digest(group),
-                layout=state.layout.digest(group),
+            documents.append(self._carry(plan, carried, fresh, group))
+        self._publish_roster(fresh, documents, public)
+        if not documents:
+            self._folder.keep_plan_epoch(fresh.epoch)
+        return True
+
+    def _carry(self, plan: Plan, carried: TrainingState, roster: Roster, group: GroupKey) -> SignedDocument:
+        """The plan's next version, which goes on from a state under another group key."""
+        state = replace(carried, index=0)
+        wanted = max(plan.cohort_min, min(plan.cohort_wanted, len(roster.members)))
+        continued = replace_document(
+            plan,
+            version=plan.version + 1,
+            rounds=plan.rounds - carried.index,
+            cohort_wanted=wanted,
+            initial_state=state.digest(group),
+            layout=state.layout.digest(group),
+        )
+        signed = sign_document(self._key, plans.KIND, continued)
+        self._publish_state(state, group, signed)
+        return signed
+
+    @property
+    def rotation_unfinished(self) -> bool:
+        """The keys have changed, and the plan doesn't go on under them yet."""
+        return self.plan is not None and 0 < self._folder.plan_epoch < self.roster.epoch
+
+    def finish_rotation(self, *, wait: bool = True) -> bool:
+        """Let the plan go on under the roster's keys, once the running round has ended; True when it does.
+
+        Without `wait`, returns False at once as long as a round runs.
+        """
+        self._send_outbox()
+        plan, roster = self.plan, self.roster
+        if plan is None or not self.rotation_unfinished:
+            return True
+        while self.round_running():
+            if not wait:
+                return False
+            if self._line.stop.wait(_LOOK_SECONDS):
+                raise Stopped("stopped before the running round had ended")
+        carried = self._newest_state()
+        if carried.index < plan.rounds:
+            self._publish((self._carry(plan, carried, roster, self.group_key),))
+        else:
+            self._folder.keep_plan_epoch(roster.epoch)
+        return True
+
+    def round_running(self) -> bool:
+        """Whether a round runs, as the aggregator says."""
+        rounds = self.status().rounds
+        return bool(rounds) and rounds[0].outcome.partition(":")[0].partition(" ")[0] in _RUNNING
+
+    def _begin(self) -> None:
+        """Finish what an earlier command didn't: raises `DocumentError` where that isn't possible yet."""
+        self._send_outbox()
+        if not self.finish_rotation(wait=False):
+            raise DocumentError(
+                "the keys have just changed and a round still runs under the old ones; try again when it has "
+                "ended"
             )
-            signed = sign_document(self._key, plans.KIND, continued)
-            self._publish_state(state, group, signed)
-            documents.append(signed)
-        self._publish_roster(fresh, documents, [public for _, public in pairs])
 
     def _publish_roster(
         self,
@@ -492,12 +559,12 @@ class Owner:
         self._publish((signed, *others), self._envelopes(following, signed.digest), he_public_keys)
 
     def _envelopes(self, roster: Roster, digest: bytes) -> list[bytes]:
-        group = self._group_key(roster.epoch)
+        group = self._folder.group_key(roster.epoch)
         sealed = []
         for entry in roster.members:
             sealed.append(seal_group_key(self._key, group, roster, digest, entry.id).to_bytes())
             for key in roster.he_keys:
-                secret = read_private(self.path / f"he-{key.digest.hex()}.key")
+                secret = self._folder.he_secret(key.digest)
                 sealed.append(seal_he_key(self._key, key.scheme, secret, roster, digest, entry.id).to_bytes())
         return sealed
 
@@ -508,17 +575,15 @@ class Owner:
 
         Raises `ParameterRefused` for values that make no policy, `PolicyViolation` if the plan undercuts it.
         """
-        self._send_outbox()
-        before = self.policy
-        following = replace_document(
-            before, **changes, version=before.version + 1, valid_until=int(self._now()) + days * DAY
-        )
+        self._begin()
+        following = self.next_policy(days=days, **changes)
         signed = sign_document(self._key, policies.KIND, following)
         documents = [signed]
         plan = self.plan
         if plan is not None:
             renewed = replace_document(plan, version=plan.version + 1, policy=signed.digest)
             renewed.check_against(following)
+            renewed.cohort_floor(following, len(self.roster.members))
             signed_plan = sign_document(self._key, plans.KIND, renewed)
             state = self._newest_state()
             if state.index == 0:
@@ -526,6 +591,13 @@ class Owner:
             documents.append(signed_plan)
         self._publish(documents)
         return following
+
+    def next_policy(self, *, days: int = VALID_DAYS, **changes: Any) -> Policy:
+        """What `set_policy` would sign. Raises `ParameterRefused`."""
+        before = self.policy
+        return replace_document(
+            before, **changes, version=before.version + 1, valid_until=int(self._now()) + days * DAY
+        )
 
     def renew(self, days: int = VALID_DAYS) -> None:
         """Sign roster and policy again, valid for so many days from now."""
@@ -555,8 +627,11 @@ class Owner:
         strategy: str = "fedavg",
         settings: Mapping[str, str] | None = None,
         range_exponent: int | None = None,
+        dry_run: bool = False,
     ) -> Plan:
         """Sign a training job and publish it with its first state; members begin as soon as enough are ready.
+
+        With `dry_run` everything is checked and nothing is signed.
 
         `model` is a state dict (torch or numpy); `shared` patterns choose what of it is trained together.
         `weighting` "sqrt", "size" or "equal" of the examples; more than `max_examples` is refused at the
@@ -564,7 +639,8 @@ class Owner:
 
         Raises `EncodingError`, `ParameterRefused`, `PolicyViolation` naming what doesn't fit, `Refused`.
         """
-        self._send_outbox()
+        if not dry_run:
+            self._send_outbox()
         policy, roster, group = self.policy, self.roster, self.group_key
         layout = layout_of(model, shared)
         server_side = Strategy.parse(strategy, dict(settings or {}))
@@ -594,7 +670,7 @@ class Owner:
             federation=self.federation.id,
             name=name,
             version=1 if before is None else before.version + 1,
-            policy=self._signed(policies.KIND).digest,
+            policy=self.signed(policies.KIND).digest,
             scheme=scheme,
             rounds=rounds,
             initial_state=state.digest(group),
@@ -610,7 +686,10 @@ class Owner:
             settings={FRAMEWORK_SETTING: framework_of(model), **(settings or {})},
         )
         plan.check_against(policy)
+        plan.cohort_floor(policy, members)
         VectorPlan.of(plan, layout)
+        if dry_run:
+            return plan
         made = self._he_key_for(plan, roster)
         signed = sign_document(self._key, plans.KIND, plan)
         self._publish_state(state, group, signed)
@@ -650,7 +729,7 @@ class Owner:
     ) -> tuple[HeKey, bytes]:
         pair = generate_keys(parameters)
         digest = hashlib.sha256(pair.public).digest()
-        write_private(self.path / f"he-{digest.hex()}.key", pair.secret)
+        self._folder.keep_he_secret(digest, pair.secret)
         return HeKey(
             scheme=scheme, parameters=parameters.name, bits=bits, n_max=n_max, digest=digest
         ), pair.public
@@ -694,6 +773,21 @@ class Owner:
         state = self._newest_state()
         return dress(state.layout, state.tensors(), framework)
 
+    def history(self) -> list[RoundMetrics]:
+        """The metrics of the plan's newest rounds, oldest first, opened from the newest training state.
+
+        They travelled inside the sums; the aggregator never saw them. Fetches the sealed state: as many
+        bytes as the model has.
+        """
+        plan = self.plan
+        if plan is None:
+            return []
+        names = [metric.name for metric in plan.encoding.metrics]
+        return [
+            RoundMetrics(past.round, past.survivors, past.metrics(names))
+            for past in self._newest_state().history
+        ]
+
     def _newest_state(self) -> TrainingState:
         """The newest training state, verified as a member verifies it."""
         plan, policy = self.plan, self.policy
@@ -701,17 +795,18 @@ class Owner:
             raise DocumentError("there is no plan yet; start one")
         info, sealed = self._line.retry(self._owner_checkpoint, what="getting the checkpoint")
         claim = StateClaim.parse(info.claim)
+        roster = self._folder.earlier_roster(info.roster)
         accept_state(
             claim,
-            roster=self._earlier_roster(info.roster),
+            roster=roster,
             plan=plan,
-            plan_digest=self._signed(plans.KIND).digest,
+            plan_digest=self.signed(plans.KIND).digest,
             n_min=policy.n_min,
             index=info.state_round,
         )
         return open_checkpoint(
             sealed,
-            self.group_key,
+            self._folder.group_key(roster.epoch),
             claim.h1,
             federation=self.federation.id,
             index=claim.index,
@@ -730,16 +825,6 @@ class Owner:
         if info is None:
             raise StateMismatch("the aggregator sent a checkpoint without saying of which state")
         return info, pieces
-
-    def _earlier_roster(self, digest: bytes) -> Roster:
-        path = self.path / "documents" / f"{digest.hex()}.bin"
-        if not digest or not path.exists():
-            return self.roster
-        signed = parse_signed(read_private(path))
-        roster = open_document(signed, self._key.public, rosters.KIND, Roster)
-        if not same(signed.digest, digest):
-            raise FolderError(f"{path} holds another document than its name says; restore it from a backup")
-        return roster
 
 
 def replace_document(document: D, **changes: Any) -> D:

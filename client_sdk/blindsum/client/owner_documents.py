@@ -110,9 +110,18 @@ class OwnerDocuments:
             raise DocumentError(f"the roster has another identity key for {pin.member!r}; ask the owner")
         self._take_keys(roster, signed.digest)
         data = signed.to_bytes()
-        self._folder.keep(roster=data)
+        self._folder.keep_roster(roster.version, data)
         self.roster, self.roster_digest, self.roster_bytes = roster, signed.digest, data
-        self._folder.drop_he_secrets(key.digest for key in roster.he_keys)
+        self._drop_he_secrets()
+
+    def _drop_he_secrets(self) -> None:
+        """Remove HE secret keys that neither the roster in force nor the running round needs."""
+        assert self.roster is not None
+        wanted = {key.digest for key in self.roster.he_keys}
+        running = self._folder.round()
+        if running is not None:
+            wanted |= {key.digest for key in restored_roster(self._folder, running.roster).he_keys}
+        self._folder.drop_he_secrets(wanted)
 
     def _take_keys(self, roster: Roster, digest: bytes) -> None:
         """Open this member's envelopes under a roster: the group key, and HE secret keys."""
@@ -161,6 +170,9 @@ class OwnerDocuments:
             self._folder.keep(plan=data)
             self._folder.keep_plan_version(plan.name, plan.version)
         self.plan, self.plan_digest, self.plan_bytes = plan, signed.digest, data
+        if self.roster is not None:
+            # A plan that goes on under new keys comes once the round under the old ones has ended.
+            self._drop_he_secrets()
 
     def _require_own(self, federation: bytes, what: str) -> None:
         if federation != self._folder.pin.federation:

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!blindsum/proto/v1/enrolment.proto\x12\x11\x62lindsum.proto.v1\"*\n\x14GetFederationRequest\x12\x12\n\nfederation\x18\x01 \x01(\x0c\"Z\n\x15GetFederationResponse\x12\x11\n\towner_key\x18\x01 \x01(\x0c\x12\x16\n\x0eroster_version\x18\x02 \x01(\x04\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\"+\n\x17\x43reateFederationRequest\x12\x10\n\x08\x64ocument\x18\x01 \x01(\x0c\"\x1a\n\x18\x43reateFederationResponse\"t\n\x0bJoinRequest\x12\x12\n\nfederation\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12\x11\n\ttoken_mac\x18\x04 \x01(\x0c\x12\x10\n\x08token_id\x18\x05 \x01(\x0c\x12\x0b\n\x03\x63sr\x18\x06 \x01(\x0c\"\"\n\x0cJoinResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\"9\n\x0fPollJoinRequest\x12\x12\n\nfederation\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\"\x92\x01\n\x10PollJoinResponse\x12+\n\x05state\x18\x01 \x01(\x0e\x32\x1c.blindsum.proto.v1.JoinState\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\x0c\x12\x14\n\x0cowner_looked\x18\x04 \x01(\x03\x12\x16\n\x0eowner_watching\x18\x05 \x01(\x08\"A\n\nOwnerProof\x12\x12\n\nfederation\x18\x01 \x01(\x0c\x12\x0c\n\x04time\x18\x02 \x01(\x03\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"G\n\x17ListJoinRequestsRequest\x12,\n\x05proof\x18\x01 \x01(\x0b\x32\x1d.blindsum.proto.v1.OwnerProof\"\xc5\x01\n\x18ListJoinRequestsResponse\x12\x44\n\x07pending\x18\x01 \x03(\x0b\x32\x33.blindsum.proto.v1.ListJoinRequestsResponse.Pending\x1a\x63\n\x07Pending\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12\x11\n\ttoken_mac\x18\x04 \x01(\x0c\x12\x10\n\x08token_id\x18\x05 \x01(\x0c\"b\n\x0ePublishRequest\x12\x12\n\nfederation\x18\x01 \x01(\x0c\x12\x11\n\tdocuments\x18\x02 \x03(\x0c\x12\x11\n\tenvelopes\x18\x03 \x03(\x0c\x12\x16\n\x0ehe_public_keys\x18\x04 \x03(\x0c\"\x11\n\x0fPublishResponse\"n\n\x18PublishCheckpointRequest\x12:\n\x05start\x18\x01 \x01(\x0b\x32).blindsum.proto.v1.PublishCheckpointStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"d\n\x16PublishCheckpointStart\x12,\n\x05proof\x18\x01 \x01(\x0b\x32\x1d.blindsum.proto.v1.OwnerProof\x12\r\n\x05state\x18\x02 \x01(\x0c\x12\r\n\x05total\x18\x03 \x01(\x04\"\x1b\n\x19PublishCheckpointResponse\"@\n\x10GetStatusRequest\x12,\n\x05proof\x18\x01 \x01(\x0b\x32\x1d.blindsum.proto.v1.OwnerProof\"\xdb\x03\n\x11GetStatusResponse\x12\x16\n\x0eroster_version\x18\x01 \x01(\x04\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x0c\n\x04plan\x18\x03 \x01(\t\x12\x13\n\x0bstate_round\x18\x04 \x01(\x04\x12\x13\n\x0bplan_rounds\x18\x05 \x01(\x04\x12<\n\x07members\x18\x06 \x03(\x0b\x32+.blindsum.proto.v1.GetStatusResponse.Member\x12:\n\x06rounds\x18\x07 \x03(\x0b\x32*.blindsum.proto.v1.GetStatusResponse.Round\x12\x11\n\twaits_for\x18\x08 \x01(\t\x1a;\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x12\n\nlast_round\x18\x03 \x01(\x04\x1a\x93\x01\n\x05Round\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x14\n\x0cparticipants\x18\x03 \x01(\r\x12\x0f\n\x07replied\x18\x04 \x01(\r\x12\x0f\n\x07started\x18\x05 \x01(\x03\x12\x10\n\x08\x64\x65\x61\x64line\x18\x06 \x01(\x03\x12\x11\n\tsurvivors\x18\x07 \x01(\r\x12\x0f\n\x07outcome\x18\x08 \x01(\t\"I\n\x19GetOwnerCheckpointRequest\x12,\n\x05proof\x18\x01 \x01(\x0b\x32\x1d.blindsum.proto.v1.OwnerProof\"g\n\x1aGetOwnerCheckpointResponse\x12\x31\n\x04info\x18\x01 \x01(\x0b\x32!.blindsum.proto.v1.CheckpointInfoH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xf8\x01\n\x0e\x43heckpointInfo\x12\x13\n\x0bstate_round\x18\x01 \x01(\x04\x12\r\n\x05state\x18\x02 \x01(\x0c\x12\x17\n\x0fsealing_context\x18\x03 \x01(\x0c\x12\r\n\x05total\x18\x04 \x01(\x04\x12\x15\n\rsealed_digest\x18\x05 \x01(\x0c\x12\x0e\n\x06header\x18\x06 \x01(\x0c\x12\n\n\x02h1\x18\x07 \x01(\x0c\x12\x35\n\nsignatures\x18\x08 \x03(\x0b\x32!.blindsum.proto.v1.StateSignature\x12\x0e\n\x06roster\x18\t \x01(\x0c\x12\x11\n\tsurvivors\x18\n \x01(\r\x12\r\n\x05\x63laim\x18\x0b \x01(\x0c\"3\n\x0eStateSignature\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\x0c*p\n\tJoinState\x12\x1a\n\x16JOIN_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12JOIN_STATE_WAITING\x10\x01\x12\x17\n\x13JOIN_STATE_ADMITTED\x10\x02\x12\x16\n\x12JOIN_STATE_REFUSED\x10\x03\x32\xff\x06\n\x10\x45nrolmentService\x12\x62\n\rGetFederation\x12\'.blindsum.proto.v1.GetFederationRequest\x1a(.blindsum.proto.v1.GetFederationResponse\x12k\n\x10\x43reateFederation\x12*.blindsum.proto.v1.CreateFederationRequest\x1a+.blindsum.proto.v1.CreateFederationResponse\x12G\n\x04Join\x12\x1e.blindsum.proto.v1.JoinRequest\x1a\x1f.blindsum.proto.v1.JoinResponse\x12S\n\x08PollJoin\x12\".blindsum.proto.v1.PollJoinRequest\x1a#.blindsum.proto.v1.PollJoinResponse\x12k\n\x10ListJoinRequests\x12*.blindsum.proto.v1.ListJoinRequestsRequest\x1a+.blindsum.proto.v1.ListJoinRequestsResponse\x12P\n\x07Publish\x12!.blindsum.proto.v1.PublishRequest\x1a\".blindsum.proto.v1.PublishResponse\x12p\n\x11PublishCheckpoint\x12+.blindsum.proto.v1.PublishCheckpointRequest\x1a,.blindsum.proto.v1.PublishCheckpointResponse(\x01\x12V\n\tGetStatus\x12#.blindsum.proto.v1.GetStatusRequest\x1a$.blindsum.proto.v1.GetStatusResponse\x12s\n\x12GetOwnerCheckpoint\x12,.blindsum.proto.v1.GetOwnerCheckpointRequest\x1a-.blindsum.proto.v1.GetOwnerCheckpointResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!blindsum/proto/v1/enrolment.proto\x12\x11\x62lindsum.proto.v1\"*\n\x14GetFederationRequest\x12\x12\n\nfederation\x18\x01 \x01(\x0c\"Z\n\x15GetFederationResponse\x12\x11\n\towner_key\x18\x01 \x01(\x0c\x12\x16\n\x0eroster_version\x18\x02 \x01(\x04\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\"+\n\x17\x43reateFederationRequest\x12\x10\n\x08\x64ocument\x18\x01 \x01(\x0c\"\x1a\n\x18\x43reateFederationResponse\"t\n\x0bJoinRequest\x12\x12\n\nfederation\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12\x11\n\ttoken_mac\x18\x04 \x01(\x0c\x12\x10\n\x08token_id\x18\x05 \x01(\x0c\x12\x0b\n\x03\x63sr\x18\x06 \x01(\x0c\"\"\n\x0cJoinResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\"9\n\x0fPollJoinRequest\x12\x12\n\nfederation\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\"\x92\x01\n\x10PollJoinResponse\x12+\n\x05state\x18\x01 \x01(\x0e\x32\x1c.blindsum.proto.v1.JoinState\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\x0c\x12\x14\n\x0cowner_looked\x18\x04 \x01(\x03\x12\x16\n\x0eowner_watching\x18\x05 \x01(\x08\"A\n\nOwnerProof\x12\x12\n\nfederation\x18\x01 \x01(\x0c\x12\x0c\n\x04time\x18\x02 \x01(\x03\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"]\n\x17ListJoinRequestsRequest\x12,\n\x05proof\x18\x01 \x01(\x0b\x32\x1d.blindsum.proto.v1.OwnerProof\x12\x14\n\x0c\x61gain_within\x18\x02 \x01(\r\"\xc5\x01\n\x18ListJoinRequestsResponse\x12\x44\n\x07pending\x18\x01 \x03(\x0b\x32\x33.blindsum.proto.v1.ListJoinRequestsResponse.Pending\x1a\x63\n\x07Pending\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12\x11\n\ttoken_mac\x18\x04 \x01(\x0c\x12\x10\n\x08token_id\x18\x05 \x01(\x0c\"b\n\x0ePublishRequest\x12\x12\n\nfederation\x18\x01 \x01(\x0c\x12\x11\n\tdocuments\x18\x02 \x03(\x0c\x12\x11\n\tenvelopes\x18\x03 \x03(\x0c\x12\x16\n\x0ehe_public_keys\x18\x04 \x03(\x0c\"\x11\n\x0fPublishResponse\"n\n\x18PublishCheckpointRequest\x12:\n\x05start\x18\x01 \x01(\x0b\x32).blindsum.proto.v1.PublishCheckpointStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"d\n\x16PublishCheckpointStart\x12,\n\x05proof\x18\x01 \x01(\x0b\x32\x1d.blindsum.proto.v1.OwnerProof\x12\r\n\x05state\x18\x02 \x01(\x0c\x12\r\n\x05total\x18\x03 \x01(\x04\"\x1b\n\x19PublishCheckpointResponse\"@\n\x10GetStatusRequest\x12,\n\x05proof\x18\x01 \x01(\x0b\x32\x1d.blindsum.proto.v1.OwnerProof\"\xdb\x03\n\x11GetStatusResponse\x12\x16\n\x0eroster_version\x18\x01 \x01(\x04\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x0c\n\x04plan\x18\x03 \x01(\t\x12\x13\n\x0bstate_round\x18\x04 \x01(\x04\x12\x13\n\x0bplan_rounds\x18\x05 \x01(\x04\x12<\n\x07members\x18\x06 \x03(\x0b\x32+.blindsum.proto.v1.GetStatusResponse.Member\x12:\n\x06rounds\x18\x07 \x03(\x0b\x32*.blindsum.proto.v1.GetStatusResponse.Round\x12\x11\n\twaits_for\x18\x08 \x01(\t\x1a;\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x12\n\nlast_round\x18\x03 \x01(\x04\x1a\x93\x01\n\x05Round\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x14\n\x0cparticipants\x18\x03 \x01(\r\x12\x0f\n\x07replied\x18\x04 \x01(\r\x12\x0f\n\x07started\x18\x05 \x01(\x03\x12\x10\n\x08\x64\x65\x61\x64line\x18\x06 \x01(\x03\x12\x11\n\tsurvivors\x18\x07 \x01(\r\x12\x0f\n\x07outcome\x18\x08 \x01(\t\"I\n\x19GetOwnerCheckpointRequest\x12,\n\x05proof\x18\x01 \x01(\x0b\x32\x1d.blindsum.proto.v1.OwnerProof\"g\n\x1aGetOwnerCheckpointResponse\x12\x31\n\x04info\x18\x01 \x01(\x0b\x32!.blindsum.proto.v1.CheckpointInfoH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xf8\x01\n\x0e\x43heckpointInfo\x12\x13\n\x0bstate_round\x18\x01 \x01(\x04\x12\r\n\x05state\x18\x02 \x01(\x0c\x12\x17\n\x0fsealing_context\x18\x03 \x01(\x0c\x12\r\n\x05total\x18\x04 \x01(\x04\x12\x15\n\rsealed_digest\x18\x05 \x01(\x0c\x12\x0e\n\x06header\x18\x06 \x01(\x0c\x12\n\n\x02h1\x18\x07 \x01(\x0c\x12\x35\n\nsignatures\x18\x08 \x03(\x0b\x32!.blindsum.proto.v1.StateSignature\x12\x0e\n\x06roster\x18\t \x01(\x0c\x12\x11\n\tsurvivors\x18\n \x01(\r\x12\r\n\x05\x63laim\x18\x0b \x01(\x0c\"3\n\x0eStateSignature\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\x0c*p\n\tJoinState\x12\x1a\n\x16JOIN_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12JOIN_STATE_WAITING\x10\x01\x12\x17\n\x13JOIN_STATE_ADMITTED\x10\x02\x12\x16\n\x12JOIN_STATE_REFUSED\x10\x03\x32\xff\x06\n\x10\x45nrolmentService\x12\x62\n\rGetFederation\x12\'.blindsum.proto.v1.GetFederationRequest\x1a(.blindsum.proto.v1.GetFederationResponse\x12k\n\x10\x43reateFederation\x12*.blindsum.proto.v1.CreateFederationRequest\x1a+.blindsum.proto.v1.CreateFederationResponse\x12G\n\x04Join\x12\x1e.blindsum.proto.v1.JoinRequest\x1a\x1f.blindsum.proto.v1.JoinResponse\x12S\n\x08PollJoin\x12\".blindsum.proto.v1.PollJoinRequest\x1a#.blindsum.proto.v1.PollJoinResponse\x12k\n\x10ListJoinRequests\x12*.blindsum.proto.v1.ListJoinRequestsRequest\x1a+.blindsum.proto.v1.ListJoinRequestsResponse\x12P\n\x07Publish\x12!.blindsum.proto.v1.PublishRequest\x1a\".blindsum.proto.v1.PublishResponse\x12p\n\x11PublishCheckpoint\x12+.blindsum.proto.v1.PublishCheckpointRequest\x1a,.blindsum.proto.v1.PublishCheckpointResponse(\x01\x12V\n\tGetStatus\x12#.blindsum.proto.v1.GetStatusRequest\x1a$.blindsum.proto.v1.GetStatusResponse\x12s\n\x12GetOwnerCheckpoint\x12,.blindsum.proto.v1.GetOwnerCheckpointRequest\x1a-.blindsum.proto.v1.GetOwnerCheckpointResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'blindsum.proto.v1.enrolment_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOINSTATE']._serialized_start=2357
-  _globals['_JOINSTATE']._serialized_end=2469
+  _globals['_JOINSTATE']._serialized_start=2379
+  _globals['_JOINSTATE']._serialized_end=2491
   _globals['_GETFEDERATIONREQUEST']._serialized_start=56
   _globals['_GETFEDERATIONREQUEST']._serialized_end=98
   _globals['_GETFEDERATIONRESPONSE']._serialized_start=100
@@ -52,37 +52,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OWNERPROOF']._serialized_start=627
   _globals['_OWNERPROOF']._serialized_end=692
   _globals['_LISTJOINREQUESTSREQUEST']._serialized_start=694
-  _globals['_LISTJOINREQUESTSREQUEST']._serialized_end=765
-  _globals['_LISTJOINREQUESTSRESPONSE']._serialized_start=768
-  _globals['_LISTJOINREQUESTSRESPONSE']._serialized_end=965
-  _globals['_LISTJOINREQUESTSRESPONSE_PENDING']._serialized_start=866
-  _globals['_LISTJOINREQUESTSRESPONSE_PENDING']._serialized_end=965
-  _globals['_PUBLISHREQUEST']._serialized_start=967
-  _globals['_PUBLISHREQUEST']._serialized_end=1065
-  _globals['_PUBLISHRESPONSE']._serialized_start=1067
-  _globals['_PUBLISHRESPONSE']._serialized_end=1084
-  _globals['_PUBLISHCHECKPOINTREQUEST']._serialized_start=1086
-  _globals['_PUBLISHCHECKPOINTREQUEST']._serialized_end=1196
-  _globals['_PUBLISHCHECKPOINTSTART']._serialized_start=1198
-  _globals['_PUBLISHCHECKPOINTSTART']._serialized_end=1298
-  _globals['_PUBLISHCHECKPOINTRESPONSE']._serialized_start=1300
-  _globals['_PUBLISHCHECKPOINTRESPONSE']._serialized_end=1327
-  _globals['_GETSTATUSREQUEST']._serialized_start=1329
-  _globals['_GETSTATUSREQUEST']._serialized_end=1393
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1396
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1871
-  _globals['_GETSTATUSRESPONSE_MEMBER']._serialized_start=1662
-  _globals['_GETSTATUSRESPONSE_MEMBER']._serialized_end=1721
-  _globals['_GETSTATUSRESPONSE_ROUND']._serialized_start=1724
-  _globals['_GETSTATUSRESPONSE_ROUND']._serialized_end=1871
-  _globals['_GETOWNERCHECKPOINTREQUEST']._serialized_start=1873
-  _globals['_GETOWNERCHECKPOINTREQUEST']._serialized_end=1946
-  _globals['_GETOWNERCHECKPOINTRESPONSE']._serialized_start=1948
-  _globals['_GETOWNERCHECKPOINTRESPONSE']._serialized_end=2051
-  _globals['_CHECKPOINTINFO']._serialized_start=2054
-  _globals['_CHECKPOINTINFO']._serialized_end=2302
-  _globals['_STATESIGNATURE']._serialized_start=2304
-  _globals['_STATESIGNATURE']._serialized_end=2355
-  _globals['_ENROLMENTSERVICE']._serialized_start=2472
-  _globals['_ENROLMENTSERVICE']._serialized_end=3367
+  _globals['_LISTJOINREQUESTSREQUEST']._serialized_end=787
+  _globals['_LISTJOINREQUESTSRESPONSE']._serialized_start=790
+  _globals['_LISTJOINREQUESTSRESPONSE']._serialized_end=987
+  _globals['_LISTJOINREQUESTSRESPONSE_PENDING']._serialized_start=888
+  _globals['_LISTJOINREQUESTSRESPONSE_PENDING']._serialized_end=987
+  _globals['_PUBLISHREQUEST']._serialized_start=989
+  _globals['_PUBLISHREQUEST']._serialized_end=1087
+  _globals['_PUBLISHRESPONSE']._serialized_start=1089
+  _globals['_PUBLISHRESPONSE']._serialized_end=1106
+  _globals['_PUBLISHCHECKPOINTREQUEST']._serialized_start=1108
+  _globals['_PUBLISHCHECKPOINTREQUEST']._serialized_end=1218
+  _globals['_PUBLISHCHECKPOINTSTART']._serialized_start=1220
+  _globals['_PUBLISHCHECKPOINTSTART']._serialized_end=1320
+  _globals['_PUBLISHCHECKPOINTRESPONSE']._serialized_start=1322
+  _globals['_PUBLISHCHECKPOINTRESPONSE']._serialized_end=1349
+  _globals['_GETSTATUSREQUEST']._serialized_start=1351
+  _globals['_GETSTATUSREQUEST']._serialized_end=1415
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1418
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1893
+  _globals['_GETSTATUSRESPONSE_MEMBER']._serialized_start=1684
+  _globals['_GETSTATUSRESPONSE_MEMBER']._serialized_end=1743
+  _globals['_GETSTATUSRESPONSE_ROUND']._serialized_start=1746
+  _globals['_GETSTATUSRESPONSE_ROUND']._serialized_end=1893
+  _globals['_GETOWNERCHECKPOINTREQUEST']._serialized_start=1895
+  _globals['_GETOWNERCHECKPOINTREQUEST']._serialized_end=1968
+  _globals['_GETOWNERCHECKPOINTRESPONSE']._serialized_start=1970
+  _globals['_GETOWNERCHECKPOINTRESPONSE']._serialized_end=2073
+  _globals['_CHECKPOINTINFO']._serialized_start=2076
+  _globals['_CHECKPOINTINFO']._serialized_end=2324
+  _globals['_STATESIGNATURE']._serialized_start=2326
+  _globals['_STATESIGNATURE']._serialized_end=2377
+  _globals['_ENROLMENTSERVICE']._serialized_start=2494
+  _globals['_ENROLMENTSERVICE']._serialized_end=3389
 # @@protoc_insertion_point(module_scope)

@@ -266,16 +266,20 @@ class ListJoinRequestsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROOF_FIELD_NUMBER: _builtins.int
+    AGAIN_WITHIN_FIELD_NUMBER: _builtins.int
+    again_within: _builtins.int
+    """The owner asks again within so many seconds; 0: nobody watches."""
     @_builtins.property
     def proof(self) -> Global___OwnerProof: ...
     def __init__(
         self,
         *,
         proof: Global___OwnerProof | None = ...,
+        again_within: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["again_within", b"again_within", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
