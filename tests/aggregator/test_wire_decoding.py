@@ -6,7 +6,7 @@ import grpc
 import pytest
 from blindsum.aggregator.embedding import ServerHandle
 from blindsum.aggregator.refusal_status import STATUS
-from blindsum.aggregator.wire_handlers import decode_strictly
+from blindsum.aggregator.wire_decoding import decode_strictly
 from blindsum.crypto.errors import RefusalReason, Refused
 from blindsum.proto.v1 import enrolment_pb2, round_pb2
 from scripted_federation import Stage, reason_of

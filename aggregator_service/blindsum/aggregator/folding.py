@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
 
+from blindsum.aggregator.frame_tags import FrameTags
 from blindsum.aggregator.native_workers import NativeWorkers, Terms
 from blindsum.aggregator.store.blobs import BlobStore, Reader
 from blindsum.aggregator.store.records import ContributionRecord, SumRecord
@@ -39,18 +40,19 @@ class RoundArithmetic:
         self._terms = terms
         self.executor = executor
         self.native = self._here.native
+        self.tags = FrameTags()
 
-    def check(self, index: int, frame: bytes) -> None:
+    def check(self, index: int, frame: bytes | memoryview) -> None:
         """Strict parse of frame `index`. Raises `Refused`. Blocks."""
         if self.native:
-            self._workers.check(self._terms, index, frame)
+            self._workers.check(self._terms, index, bytes(frame))
         else:
             self._here.check(index, frame)
 
-    def seeds(self, index: int, frame: bytes) -> tuple[bytes, ...]:
+    def seeds(self, index: int, frame: bytes | memoryview) -> tuple[bytes, ...]:
         """Digests of the seeds in frame `index` that must never come twice under a key; none in masking."""
         find = getattr(self._here, "seeds", None)
-        return () if find is None else tuple(find(index, frame))
+        return () if find is None else tuple(find(index, bytes(frame)))
 
     def add_all(self, index: int, total: bytes | None, frames: Iterator[bytes]) -> bytes | bytearray:
         """Frame `index` of the sum with every one of `frames`. Blocks."""
@@ -263,8 +265,10 @@ class Folder:
             try:
                 if self._generation:
                     name = sum_name(self._federation, self._number, self._generation)
-                    base = opened.enter_context(self._blobs.open(name))
-                readers = [opened.enter_context(self._blobs.open(self._contribution(r))) for r in batch]
+                    base = opened.enter_context(self._blobs.open(name, once=True))
+                readers = [
+                    opened.enter_context(self._blobs.open(self._contribution(r), once=True)) for r in batch
+                ]
             except StorageFailed as error:
                 raise StoredDamage(f"an accepted upload or the sum is gone: {error}") from error
             following = self._generation + 1
@@ -279,9 +283,15 @@ class Folder:
                 frame = reader.read(offset, length)
             except StorageFailed as error:
                 raise StoredDamage(f"the stored upload of {record.member} is cut short") from error
-            if frame_digest(frame) != record.frames[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]:
+            if not self._is_intact(record, index, frame):
                 raise StoredDamage(f"the stored upload of {record.member} is damaged in frame {index}")
             yield frame
+
+    def _is_intact(self, record: ContributionRecord, index: int, frame: bytes) -> bool:
+        tags = self._arithmetic.tags.of(record.digest)
+        if tags is not None:
+            return self._arithmetic.tags.tag(frame) == tags[index]
+        return frame_digest(frame) == record.frames[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
 
     def _sum_frame(self, reader: Reader, index: int) -> bytes:
         assert self._sum is not None

@@ -18,16 +18,19 @@ from blindsum.aggregator.settings import AggregatorSettings
 from blindsum.aggregator.store.blobs import Spool
 from blindsum.aggregator.store.state import StorageFailed
 from blindsum.aggregator.structured_logs import logger
+from blindsum.aggregator.upload_chunk import UploadChunk
 from blindsum.crypto.errors import RefusalReason, Refused
 from blindsum.crypto.schemes.base import BulkLayout, upload_digest
-from blindsum.proto.v1 import round_pb2
 
 CHUNK_BYTES = 256 * 1024
 _WRITE_BYTES = 1 << 20
 
 
 class FrameDigests:
-    """SHA-256 of every frame of an upload, fed in any pieces; checks each frame once it is complete."""
+    """SHA-256 of every frame of an upload, fed in any pieces; checks each frame once it is complete.
+
+    Also makes the frames' tags, by which folding knows them again at a fraction of SHA-256's cost.
+    """
 
     def __init__(self, layout: BulkLayout, h1: bytes, arithmetic: RoundArithmetic) -> None:
         self._layout = layout
@@ -38,37 +41,43 @@ class FrameDigests:
     def restart(self) -> None:
         """Begin with the first byte again."""
         self._digests: list[bytes] = []
+        self._tags: list[bytes] = []
         self.seeds: list[bytes] = []
         """What must never come twice under an HE key."""
         self._running = hashlib.sha256()
+        self._parts: list[memoryview] = []
         self._left = self._layout.upload_bytes(0)
-        self._start = 0
 
-    def feed(self, data: memoryview, spool: Spool) -> None:
-        """The next bytes, which the spool holds already. Raises `Refused` for a bad frame."""
+    def feed(self, data: memoryview) -> None:
+        """The next bytes. Raises `Refused` for a bad frame."""
         while data.nbytes:
             part = data[: self._left]
             self._running.update(part)
+            self._parts.append(part)
             self._left -= part.nbytes
             data = data[part.nbytes :]
             if self._left == 0:
-                self._complete(spool)
+                self._complete()
 
-    def _complete(self, spool: Spool) -> None:
+    def _complete(self) -> None:
         index = len(self._digests)
-        length = self._layout.upload_bytes(index)
-        frame = spool.read(self._start, length)
+        # A frame that came in one piece is used where it is.
+        frame = self._parts[0] if len(self._parts) == 1 else memoryview(b"".join(self._parts))
+        self._parts.clear()
         self._arithmetic.check(index, frame)
         self.seeds += self._arithmetic.seeds(index, frame)
+        self._tags.append(self._arithmetic.tags.tag(frame))
         self._digests.append(self._running.digest())
         self._running = hashlib.sha256()
-        self._start += length
         if index + 1 < self._layout.frames:
             self._left = self._layout.upload_bytes(index + 1)
 
     def matches(self, digest: bytes) -> bool:
         """Whether the whole upload has this digest."""
-        return len(self._digests) == self._layout.frames and upload_digest(self._h1, self._digests) == digest
+        if len(self._digests) != self._layout.frames or upload_digest(self._h1, self._digests) != digest:
+            return False
+        self._arithmetic.tags.keep(digest, self._tags)
+        return True
 
     @property
     def frames(self) -> bytes:
@@ -87,7 +96,7 @@ class PlainDigest:
         """Begin with the first byte again."""
         self._running = hashlib.sha256()
 
-    def feed(self, data: memoryview, spool: Spool) -> None:  # noqa: ARG002
+    def feed(self, data: memoryview) -> None:
         """The next bytes."""
         self._running.update(data)
 
@@ -123,7 +132,7 @@ class _Slot:
     task: "asyncio.Task[object] | None" = None
     cut: Refused | None = None
     idle: Timer | None = None
-    waiting: list[bytes] = field(default_factory=list)
+    waiting: list[memoryview] = field(default_factory=list)
     writing: "asyncio.Future[None] | None" = None
     spoiled: bool = False
     """A frame or the whole was refused: nothing of it can be used."""
@@ -161,6 +170,8 @@ class Ingest:
         self._slots: dict[bytes, _Slot] = {}
         self._by_spool: dict[str, _Slot] = {}
         self._admitting: set[str] = set()
+        self._draining = False
+        self._emptied = asyncio.Event()
         self._log = logger(part="ingest")
 
     @property
@@ -195,6 +206,8 @@ class Ingest:
                     f"{job.member} is sending another upload for round {job.round} already",
                 )
         slot = self._by_spool.get(job.spool_name)
+        if slot is None and self._draining:
+            return Admission(retry_after_ms=self._settings.retry_after_ms)
         if slot is not None:
             # The member lost its connection and is back before the server noticed.
             if slot.task is not None:
@@ -257,7 +270,7 @@ class Ingest:
                 raise Refused(RefusalReason.WRONG_SIZE, "more was sent before than the upload has")
             for start in range(0, spool.size, _WRITE_BYTES):
                 data = spool.read(start, min(_WRITE_BYTES, spool.size - start))
-                job.digests.feed(memoryview(data), spool)
+                job.digests.feed(memoryview(data))
             if spool.size == job.total and not job.digests.matches(job.digest):
                 raise Refused(RefusalReason.WRONG_DIGEST, "the bytes aren't those that were announced")
             slot.found = spool.size
@@ -291,6 +304,8 @@ class Ingest:
         if slot.spool is not None:
             slot.spool.close()
         self._slots.pop(slot.id, None)
+        if not self._slots:
+            self._emptied.set()
         if self._by_spool.get(slot.job.spool_name) is slot:
             del self._by_spool[slot.job.spool_name]
 
@@ -315,9 +330,7 @@ class Ingest:
         if slot.task is None and not slot.lock.locked():
             self._release(slot)
 
-    async def stream(
-        self, federation: bytes, member: str, messages: AsyncIterator[round_pb2.UploadRequest]
-    ) -> int:
+    async def stream(self, federation: bytes, member: str, messages: AsyncIterator[UploadChunk]) -> int:
         """Take a stream of chunks to its end; bytes committed. Raises `Refused`."""
         try:
             first = await asyncio.wait_for(anext(messages), self._settings.stall_seconds)
@@ -339,9 +352,7 @@ class Ingest:
             finally:
                 slot.job.busy(False)
 
-    async def _receive(
-        self, slot: _Slot, first: round_pb2.UploadRequest, messages: AsyncIterator[round_pb2.UploadRequest]
-    ) -> int:
+    async def _receive(self, slot: _Slot, first: UploadChunk, messages: AsyncIterator[UploadChunk]) -> int:
         task = asyncio.current_task()
         assert task is not None
         slot.task = task
@@ -377,8 +388,8 @@ class Ingest:
     async def _take_chunks(
         self,
         slot: _Slot,
-        message: round_pb2.UploadRequest,
-        messages: AsyncIterator[round_pb2.UploadRequest],
+        message: UploadChunk,
+        messages: AsyncIterator[UploadChunk],
         watch: "_RateWatch",
     ) -> None:
         job = slot.job
@@ -386,7 +397,7 @@ class Ingest:
         size = 0
         while True:
             offset = message.offset
-            data = message.data  # each access copies: once
+            data = message.data
             if message.upload_id != slot.id:
                 raise Refused(RefusalReason.CONFLICT, "a stream belongs to one upload")
             if not data or len(data) > CHUNK_BYTES:
@@ -441,21 +452,20 @@ class Ingest:
             if failed is not None:
                 self._log.info("the end of a broken stream wasn't kept", error=type(failed).__name__)
 
-    def _write(self, slot: _Slot, chunks: list[bytes]) -> None:
-        spool = self._spool_of(slot)
-        for chunk in chunks:
-            if slot.spoiled or slot.broken:
-                return
-            try:
-                spool.append(chunk)
-            except StorageFailed:
-                slot.broken = True
-                raise
-            try:
-                slot.job.digests.feed(memoryview(chunk), spool)
-            except Refused:
-                slot.spoiled = True
-                raise
+    def _write(self, slot: _Slot, chunks: list[memoryview]) -> None:
+        if slot.spoiled or slot.broken:
+            return
+        try:
+            self._spool_of(slot).append(*chunks)
+        except StorageFailed:
+            slot.broken = True
+            raise
+        try:
+            for chunk in chunks:
+                slot.job.digests.feed(chunk)
+        except Refused:
+            slot.spoiled = True
+            raise
 
     async def _finish(self, slot: _Slot) -> int:
         job = slot.job
@@ -475,6 +485,13 @@ class Ingest:
             await self._in_thread(blobs.delete, job.blob_name)
             raise
         return job.total
+
+    async def drain(self) -> None:
+        """Admit nothing new, and wait until every upload that was admitted has ended."""
+        self._draining = True
+        self._emptied.clear()
+        if self._slots:
+            await self._emptied.wait()
 
     def close(self) -> None:
         """End every stream; spools stay for a later resume."""

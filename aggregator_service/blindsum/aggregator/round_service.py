@@ -19,9 +19,10 @@ from blindsum.aggregator.store.records import (
 )
 from blindsum.aggregator.store.state import Insert, StorageFailed
 from blindsum.aggregator.transport_authority import TransportAuthority
+from blindsum.aggregator.upload_chunk import UploadChunk
 from blindsum.crypto.errors import RefusalReason, Refused
 from blindsum.crypto.primitives.signing import require_signature
-from blindsum.proto.v1 import enrolment_pb2, round_pb2
+from blindsum.proto.v1 import enrolment_pb2
 from blindsum.proto.v1 import round_pb2 as wire
 
 _READ_BYTES = 1 << 20
@@ -278,7 +279,7 @@ class RoundService:
         )
 
     async def Upload(  # noqa: N802
-        self, requests: AsyncIterator[round_pb2.UploadRequest], peer: PeerIdentity
+        self, requests: AsyncIterator[UploadChunk], peer: PeerIdentity
     ) -> wire.UploadResponse:
         """The bulk, from the offset that BeginUpload named. Answered only once it is durable."""
         committed = await self._ingest.stream(peer.federation, peer.member, requests)

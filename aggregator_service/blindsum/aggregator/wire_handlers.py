@@ -3,48 +3,63 @@
 gRPC hands over raw bytes; a message that isn't exactly one encoding of known fields (leftover bytes, an
 unknown field, a singular field given twice) is refused before a service sees it. Refusals become status
 and trailing metadata by the table in `refusal_status`. Anything unexpected is INTERNAL, logged by type
-and place, never with the bytes that caused it.
+and place, never with the bytes that caused it. Whatever is logged in a call carries its method, federation,
+member and round.
 """
 
 import asyncio
+import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import grpc
 import structlog
 from blindsum.aggregator.refusal_status import REASON_KEY, STATUS
 from blindsum.aggregator.store.state import StorageFailed, Taken
 from blindsum.aggregator.structured_logs import logger
+from blindsum.aggregator.upload_chunk import decode_chunk
+from blindsum.aggregator.wire_decoding import decode_strictly
 from blindsum.crypto.errors import BlindsumError, RefusalReason, Refused
+from blindsum.proto.v1 import round_pb2
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from google.protobuf.unknown_fields import UnknownFieldSet
 
-M = TypeVar("M", bound=Message)
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _log = logger(part="rpc")
 
 
-def decode_strictly(kind: type[M], data: bytes) -> M:
-    """The message in `data`. Raises `Refused` (malformed) unless `data` is a plain encoding of it."""
-    message = kind()
-    try:
-        message.ParseFromString(data)
-    except DecodeError:
-        raise Refused(RefusalReason.MALFORMED, f"the bytes aren't a {kind.DESCRIPTOR.name}") from None
-    # A repeated singular field, a nested unknown field or an over-long integer is shorter when encoded again.
-    known = len(UnknownFieldSet(message)) == 0
-    if known:
-        message.DiscardUnknownFields()
-    if not known or message.ByteSize() != len(data):
-        raise Refused(
-            RefusalReason.MALFORMED,
-            f"the {kind.DESCRIPTOR.name} has unknown or repeated fields; update one side",
-        )
-    return message
+class CallObserver(Protocol):
+    """Told about every call; it must neither block nor raise."""
+
+    def received(self, method: str, size: int) -> None:
+        """A message of so many bytes came."""
+
+    def sent(self, method: str, size: int) -> None:
+        """A message of so many bytes was sent."""
+
+    def finished(self, method: str, outcome: str, seconds: float) -> None:
+        """A call ended: ok, refused, storage, failed or cancelled."""
+
+    def refused(self, method: str, caller: Any, reason: RefusalReason, text: str) -> None:
+        """A call was refused. `caller` is None while nobody is known."""
+
+
+class _Nobody:
+    def received(self, method: str, size: int) -> None:
+        pass
+
+    def sent(self, method: str, size: int) -> None:
+        pass
+
+    def finished(self, method: str, outcome: str, seconds: float) -> None:
+        pass
+
+    def refused(self, method: str, caller: Any, reason: RefusalReason, text: str) -> None:
+        pass
 
 
 class Gate(Protocol):
@@ -54,86 +69,131 @@ class Gate(Protocol):
         """The caller. Raises `Refused`."""
 
 
-async def _refuse(context: Context, refusal: Refused, method: str, caller: Any) -> NoReturn:
-    _log.info(
-        "refused", method=method, caller=str(caller or ""), reason=refusal.reason.value, text=refusal.text
-    )
-    await context.abort(
-        STATUS[refusal.reason], refusal.text, trailing_metadata=((REASON_KEY, refusal.reason.value),)
-    )
-    raise AssertionError("abort raises")
+class _Call:
+    """One call: what is bound to its log lines, and how it ends."""
 
+    def __init__(self, method: str, context: Context, observer: CallObserver) -> None:
+        self._method = method
+        self._context = context
+        self._observer = observer
+        self._caller: Any = None
+        self._began = time.monotonic()
+        self._outcome = "cancelled"
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(method=method)
 
-async def _fail(context: Context, error: BaseException, method: str, caller: Any) -> NoReturn:
-    if isinstance(error, Refused):
-        await _refuse(context, error, method, caller)
-    if isinstance(error, (StorageFailed, Taken)):
-        _log.error("storage failed", method=method, text=str(error))
-        await context.abort(
-            grpc.StatusCode.UNAVAILABLE, "the aggregator can't write at the moment; try again"
+    def __enter__(self) -> "_Call":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        outcome = "ok" if kind is None else self._outcome
+        self._observer.finished(self._method, outcome, time.monotonic() - self._began)
+
+    async def admit(self, gate: Gate) -> Any:
+        """The caller, by whom the log lines of this call are known from now on."""
+        try:
+            self._caller = caller = gate(self._context)
+        except Exception as error:
+            await self.fail(error)
+        if caller is not None:
+            structlog.contextvars.bind_contextvars(
+                member=caller.member, federation=caller.federation.hex()[:16]
+            )
+        return caller
+
+    async def decode(self, kind: type[Message], raw: bytes) -> Message:
+        """A request of the wire."""
+        self._observer.received(self._method, len(raw))
+        try:
+            message = decode_strictly(kind, raw)
+        except Refused as refusal:
+            await self.refuse(refusal)
+        number = getattr(message, "round", 0)
+        if isinstance(number, int) and number:
+            structlog.contextvars.bind_contextvars(round=number)
+        return message
+
+    async def refuse(self, refusal: Refused) -> NoReturn:
+        """End the call with a refusal."""
+        self._outcome = "refused"
+        _log.info("refused", reason=refusal.reason.value, text=refusal.text)
+        self._observer.refused(self._method, self._caller, refusal.reason, refusal.text)
+        await self._context.abort(
+            STATUS[refusal.reason], refusal.text, trailing_metadata=((REASON_KEY, refusal.reason.value),)
         )
-    if isinstance(error, BlindsumError):
-        await _refuse(context, Refused(RefusalReason.POLICY, str(error)), method, caller)
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    _log.error("failed", method=method, error=type(error).__name__, place=f"{place.name}:{place.lineno}")
-    await context.abort(grpc.StatusCode.INTERNAL, "the aggregator failed on this call; its log says where")
-    raise AssertionError("abort raises")
+        raise AssertionError("abort raises")
+
+    async def fail(self, error: BaseException) -> NoReturn:
+        """End the call with what went wrong."""
+        if isinstance(error, Refused):
+            await self.refuse(error)
+        if isinstance(error, (StorageFailed, Taken)):
+            self._outcome = "storage"
+            _log.error("storage failed", text=str(error))
+            await self._context.abort(
+                grpc.StatusCode.UNAVAILABLE, "the aggregator can't write at the moment; try again"
+            )
+        if isinstance(error, BlindsumError):
+            await self.refuse(Refused(RefusalReason.POLICY, str(error)))
+        self._outcome = "failed"
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        _log.error("failed", error=type(error).__name__, place=f"{place.name}:{place.lineno}")
+        await self._context.abort(
+            grpc.StatusCode.INTERNAL, "the aggregator failed on this call; its log says where"
+        )
+        raise AssertionError("abort raises")
 
 
-def _wrap(method: MethodDescriptor, service: Any, gate: Gate) -> "grpc.RpcMethodHandler[Any, Any]":
+def _wrap(
+    method: MethodDescriptor, service: Any, gate: Gate, observer: CallObserver
+) -> "grpc.RpcMethodHandler[Any, Any]":
     request_kind: type[Message] = GetMessageClass(method.input_type)
-    call: Callable[..., Any] = getattr(service, method.name)
+    behaviour_of: Callable[..., Any] = getattr(service, method.name)
     name = method.name
 
-    async def admitted(context: Context) -> Any:
-        structlog.contextvars.clear_contextvars()
-        try:
-            return gate(context)
-        except Exception as error:
-            await _fail(context, error, name, None)
+    # Bulk is decoded by hand: see `upload_chunk`.
+    is_bulk = method.input_type == round_pb2.UploadRequest.DESCRIPTOR
+    part: Callable[[bytes], Any] = decode_chunk if is_bulk else partial(decode_strictly, request_kind)
 
-    async def decoded(raw: bytes, context: Context, caller: Any) -> Message:
-        try:
-            return decode_strictly(request_kind, raw)
-        except Refused as refusal:
-            await _refuse(context, refusal, name, caller)
-
-    async def messages(stream: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+    async def messages(stream: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         async for raw in stream:
-            yield decode_strictly(request_kind, raw)
+            observer.received(name, len(raw))
+            yield part(raw)
 
-    async def answer_one(work: Awaitable[Message], context: Context, caller: Any) -> Message:
+    async def answer_one(work: Awaitable[Message], call: _Call) -> Message:
         try:
             return await work
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:
-            await _fail(context, error, name, caller)
-
-    async def answer_many(
-        work: AsyncIterator[Message], context: Context, caller: Any
-    ) -> AsyncIterator[Message]:
-        try:
-            async for item in work:
-                yield item
-        except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
-            raise
-        except Exception as error:
-            await _fail(context, error, name, caller)
+            await call.fail(error)
 
     async def unary_unary(raw: bytes, context: Context) -> Message:
-        caller = await admitted(context)
-        return await answer_one(call(await decoded(raw, context, caller), caller), context, caller)
+        with _Call(name, context, observer) as call:
+            caller = await call.admit(gate)
+            return await answer_one(behaviour_of(await call.decode(request_kind, raw), caller), call)
 
     async def stream_unary(stream: AsyncIterator[bytes], context: Context) -> Message:
-        caller = await admitted(context)
-        return await answer_one(call(messages(stream), caller), context, caller)
+        with _Call(name, context, observer) as call:
+            caller = await call.admit(gate)
+            return await answer_one(behaviour_of(messages(stream), caller), call)
 
     async def unary_stream(raw: bytes, context: Context) -> AsyncIterator[Message]:
-        caller = await admitted(context)
-        request = await decoded(raw, context, caller)
-        async for item in answer_many(call(request, caller), context, caller):
-            yield item
+        with _Call(name, context, observer) as call:
+            caller = await call.admit(gate)
+            request = await call.decode(request_kind, raw)
+            try:
+                async for item in behaviour_of(request, caller):
+                    yield item
+            except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
+                raise
+            except Exception as error:
+                await call.fail(error)
+
+    def serialize(message: Message) -> bytes:
+        data = message.SerializeToString()
+        observer.sent(name, len(data))
+        return data
 
     make: Any = {
         (False, False): (grpc.unary_unary_rpc_method_handler, unary_unary),
@@ -142,13 +202,17 @@ def _wrap(method: MethodDescriptor, service: Any, gate: Gate) -> "grpc.RpcMethod
     }[(method.client_streaming, method.server_streaming)]
     register, behaviour = make
     handler: grpc.RpcMethodHandler[Any, Any] = register(
-        behaviour, request_deserializer=None, response_serializer=lambda message: message.SerializeToString()
+        behaviour, request_deserializer=None, response_serializer=serialize
     )
     return handler
 
 
-def strict_handler(descriptor: ServiceDescriptor, service: Any, gate: Gate) -> Any:
+def strict_handler(
+    descriptor: ServiceDescriptor, service: Any, gate: Gate, observer: CallObserver | None = None
+) -> Any:
     """Handlers of every method of a service. `service` has a coroutine (or, where the response is a
     stream, an async generator) of the same name for each: `Method(request, caller)`."""
-    handlers = {method.name: _wrap(method, service, gate) for method in descriptor.methods}
+    handlers = {
+        method.name: _wrap(method, service, gate, observer or _Nobody()) for method in descriptor.methods
+    }
     return grpc.method_handlers_generic_handler(descriptor.full_name, handlers)

@@ -217,6 +217,36 @@ def bench_all_command(
         write_page(figures, html, command)
 
 
+@app.command("ingest")
+def bench_ingest_command(
+    uploads: Annotated[
+        str, typer.Option(help="What is sent, as MB:members; members in multiples of 16, the folder's batch.")
+    ] = "4:32,40:16",
+    at_once: Annotated[int, typer.Option(min=1, help="Uploads at the same time.")] = 8,
+    directory: Annotated[
+        Path | None, typer.Option(help="Whose disk the server writes to; the system's temporary directory.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Durable uploads over mutual TLS: MB per CPU second of the server, beside a raw TLS receiver.
+
+    The CPU of all server processes is counted, from the first chunk until the last upload is acknowledged
+    and added to the sum.
+    """
+    from blindsum.bench.ingest import bench_ingest, show_ingest  # noqa: PLC0415
+
+    sizes = {}
+    for pair in uploads.split(","):
+        numbers = _numbers(pair.replace(":", ","), "--uploads", int)
+        if len(numbers) != 2:
+            raise typer.BadParameter("--uploads takes MB:members, as in 4:32,40:16")
+        sizes[numbers[0]] = numbers[1]
+    with progress_bar() as progress:
+        figures = bench_ingest(sizes, at_once, directory, progress)
+    show_ingest(figures, _console(json))
+    write_json(figures, json)
+
+
 def _numbers(text: str, option: str, kind: Callable[[str], Number]) -> list[Number]:
     try:
         found = [kind(part) for part in text.split(",")]
