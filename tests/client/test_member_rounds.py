@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from blindsum.client import FolderInUse, Member, Round, join
-from blindsum.client import member as member_module
 from blindsum.client.testing import Federation, small_model
 from blindsum.crypto.errors import EncodingError, Refused, RoundAborted
 
@@ -277,39 +276,3 @@ def test_leaving_the_loop_early_is_no_loss_for_the_others(blindsum_federation: M
     results = federation.run(app)
     assert results["member-5"] == 0
     assert set(results.values()) == {0, 4}
-
-
-def test_a_certificate_is_renewed_before_it_expires(
-    blindsum_federation: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    federation = blindsum_federation(3, model=small_model(), rounds=2)
-    before = {name: (federation.path(name) / "certificate.pem").read_bytes() for name in federation.names}
-    monkeypatch.setattr(member_module, "_RENEWAL_LIFE", 2.0)
-    monkeypatch.setattr(member_module, "_RENEWAL_LOOK_SECONDS", 0.05)
-
-    def app(member: Member) -> int:
-        done = 0
-        for rnd in member.rounds():
-            at_open = (member.path / "certificate.pem").read_bytes()
-            assert at_open != before[member.name], "renewed at the start, for less than its limit was left"
-            while (member.path / "certificate.pem").read_bytes() == at_open:
-                member._stop.wait(0.02)  # and again while the member takes part
-            rnd.submit(rnd.weights(), examples=1)
-            done += 1
-        return done
-
-    assert set(federation.run(app).values()) == {2}
-
-
-def test_an_expired_certificate_is_asked_for_again(
-    blindsum_federation: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    federation = blindsum_federation(3, model=small_model())
-    lives = {name: iter([0.0]) for name in federation.names}
-    real = member_module._certificate_life
-    monkeypatch.setattr(
-        member_module, "_certificate_life", lambda chain: next(lives.pop("member-1", iter([])), real(chain))
-    )
-    results = federation.train(push)
-    assert all(len(receipts) == 1 for receipts in results.values())
-    assert "member-1" not in lives

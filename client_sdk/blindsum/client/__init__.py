@@ -10,10 +10,11 @@ for rnd in member.rounds():                      # waits, reconnects, resumes, v
 """
 
 from blindsum.client.joining import join, wait_for_admission
-from blindsum.client.member import Member, Round
+from blindsum.client.member import Member
 from blindsum.client.owner import Owner
 from blindsum.client.private_files import FolderError, FolderInUse
 from blindsum.client.receipts import RoundReceipt
+from blindsum.client.training_round import Round
 from blindsum.client.transport import Patience, Unreachable
 
 __all__ = [

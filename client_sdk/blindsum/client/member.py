@@ -22,30 +22,21 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self, cast
 
 from blindsum.client.frame_workers import end_idle_workers
 from blindsum.client.held_state import HeldState
-from blindsum.client.layout import (
-    Framework,
-    StateDict,
-    dress,
-    framework_of,
-    local_parts,
-    portable,
-    undress,
-    update_of,
-)
-from blindsum.client.member_folder import MemberFolder, StateMark, StoredReceipt, certificate_request
+from blindsum.client.layout import Framework, dress, portable, undress
+from blindsum.client.member_folder import MemberFolder, StateMark, StoredReceipt
 from blindsum.client.owner_documents import OwnerDocuments, RosterMovedOn
 from blindsum.client.progress import OnProgress, Phase, silent
 from blindsum.client.receipts import RoundReceipt
 from blindsum.client.round_session import MESSAGE_STEPS, Contribution, RoundSession, is_too_late
-from blindsum.client.transport import DEFAULT, EnrolmentLine, MemberLine, Patience, Stopped, Unreachable
+from blindsum.client.training_round import Round
+from blindsum.client.transport import DEFAULT, MemberLine, Patience, Stopped, Unreachable
+from blindsum.client.transport_certificate import TransportCertificate
 from blindsum.client.witness import Witness
 from blindsum.crypto.encoding.vector import VectorPlan
 from blindsum.crypto.errors import (
@@ -67,119 +58,16 @@ from blindsum.crypto.trust.plan import Plan
 from blindsum.crypto.trust.receipt import make_receipt, sign_receipt
 from blindsum.crypto.trust.round_check import Pinned, check_header
 from blindsum.crypto.trust.strategy import Strategy
-from blindsum.crypto.trust.training_state import (
-    TrainingState,
-    check_arithmetic,
-)
-from blindsum.proto.v1 import enrolment_pb2, round_pb2
-from cryptography import x509
+from blindsum.crypto.trust.training_state import TrainingState, check_arithmetic
+from blindsum.proto.v1 import round_pb2
+
+__all__ = ["FRAMEWORK_SETTING", "Member", "Round"]
 
 FRAMEWORK_SETTING: Final = "client.framework"
 _ABORTS_BEFORE_STOP: Final = 2
-_RENEWAL_LIFE: Final = 1 / 3
 _RENEWAL_LOOK_SECONDS: Final = 3600.0
 _SUPERSEDED_SECONDS: Final = 3.0
 _log = logging.getLogger("blindsum.client")
-
-
-class Round:
-    """A round that waits for this member's update. Made by `Member.rounds`."""
-
-    def __init__(self, member: "Member", session: RoundSession, state: TrainingState, again: bool) -> None:
-        self._member = member
-        self._session = session
-        self._state = state
-        self._submitted = False
-        self.again = again
-        """The round before from this very state was aborted late: train on fresh batches."""
-
-    @property
-    def number(self) -> int:
-        """The federation's number of this round; aborted rounds use numbers up."""
-        return self._session.number
-
-    @property
-    def index(self) -> int:
-        """Which round of the plan this is, from 1."""
-        return self._session.bound.header.state_round + 1
-
-    @property
-    def total(self) -> int:
-        """How many rounds the plan has."""
-        return self._session.plan.rounds
-
-    @property
-    def plan(self) -> Plan:
-        """The plan, as the owner signed it."""
-        return self._session.plan
-
-    @property
-    def settings(self) -> Mapping[str, str]:
-        """The plan's settings for apps."""
-        return self._session.plan.settings
-
-    def weights(self, like: StateDict | None = None) -> dict[str, Any]:
-        """The state dict to start from, in the plan's kind (torch tensors or numpy arrays).
-
-        Shared tensors are the federation's. The others (a local head, integer buffers) come from `like`
-        if given, else from what this member last submitted; before its first submit there are none.
-        """
-        framework = self._member.framework_for(self._session.plan) if like is None else framework_of(like)
-        layout = self._state.layout
-        shared = dress(layout, self._state.tensors(), framework)
-        if like is not None:
-            return {name: shared.get(name, value) for name, value in like.items()} | {
-                name: value for name, value in shared.items() if name not in like
-            }
-        return shared | self._member.local_tensors(framework, set(layout.names))
-
-    def submit(
-        self,
-        state: StateDict,
-        *,
-        examples: int,
-        metrics: Mapping[str, float] | None = None,
-    ) -> RoundReceipt:
-        """Send what was learnt, and wait until the members agree on the next state.
-
-        `state` is the model after training; of it, the plan's shared tensors are sent (as a difference to
-        `weights`), the others stay here. `examples` sets the weight, `metrics` are those that the plan
-        declares; both ride inside the sum.
-
-        Raises `EncodingError` naming what can't be encoded (nothing was sent; submit again), `RoundAborted`
-        when the app has to train again, `SumCheckFailed` or `OpeningFailed` when the sum is false (nothing
-        is output), `ServerViolation` and others when the aggregator lies.
-        """
-        if self._submitted:
-            raise RoundAborted(self.number, "this round's update was submitted already; go on with rounds()")
-        layout = self._state.layout
-        contribution = Contribution(
-            update_of(layout, state, self._state.values),
-            examples,
-            dict(metrics or {}),
-            self._member.rounding_seed(self._session),
-        )
-        plan = VectorPlan.of(self._session.plan, layout)
-        # The round's own key isn't known before the upload; this one only proves that encoding works.
-        contribution.encoder(plan, self._state.exponents, bytes(32), self._member.name)
-        self._submitted = True
-        receipt = self._member._submit(self._session, self._state, contribution)
-        self._member._keep_local(local_parts(state, layout))
-        return receipt
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if isinstance(error, RoundAborted):
-            _log.warning("%s", error)
-            return True
-        return False
-
-    def __repr__(self) -> str:
-        return f"<Round {self.number} of {self._member.name}, {self.index} of {self.total}>"
 
 
 class Member:
@@ -204,6 +92,8 @@ class Member:
         self._rounding_seed = rounding_seed
         self._cond = threading.Condition()
         self._stop = threading.Event()
+        self._certificate: TransportCertificate | None = None
+        self._look_at_certificate = False
         self._line: MemberLine | None = None
         self._documents: OwnerDocuments | None = None
         self._threads: list[threading.Thread] = []
@@ -374,9 +264,10 @@ class Member:
                 raise BlindsumError("rounds() is running already; a member takes part once at a time")
             return
         self._stop = threading.Event()
-        self._ensure_certificate()
         folder = self._folder
-        self._line = self._new_line()
+        self._certificate = TransportCertificate(folder)
+        self._certificate.ensure(self._patience, self._stop)
+        self._line = self._certificate.line(self._patience, self._stop)
         self._documents = OwnerDocuments(folder, self._line)
         self._held = HeldState(folder, self._line, self._documents, self._report)
         self._failure, self._finished, self._offered = None, False, 0
@@ -398,17 +289,6 @@ class Member:
             self._threads.append(thread)
             thread.start()
 
-    def _new_line(self) -> MemberLine:
-        pin, folder = self._folder.pin, self._folder
-        return MemberLine(
-            pin.member_address,
-            pin.ca,
-            key=folder.transport_key,
-            certificate=folder.certificate,
-            patience=self._patience,
-            stop=self._stop,
-        )
-
     def _disconnect(self) -> None:
         self._stop.set()
         line = self._line
@@ -422,59 +302,6 @@ class Member:
         self._threads = []
         self._line = None
         self._documents = None
-
-    def _ensure_certificate(self) -> None:
-        """Renew the transport certificate when less than a third of its life is left, or it is missing."""
-        folder, pin = self._folder, self._folder.pin
-        chain = folder.certificate
-        life = _certificate_life(chain) if chain else 0.0
-        if life >= _RENEWAL_LIFE:
-            return
-        if life > 0:
-            self._renew_certificate()
-            return
-        line = EnrolmentLine(pin.enrolment_address, pin.ca, self._patience, self._stop)
-        try:
-            answer = line.call(
-                line.stub.PollJoin,
-                enrolment_pb2.PollJoinRequest(federation=pin.federation, request_id=pin.request_id),
-                what="asking for admission",
-            )
-        finally:
-            line.close()
-        if answer.state == enrolment_pb2.JOIN_STATE_REFUSED:
-            raise Refused(RefusalReason.NOT_A_PARTICIPANT, f"the owner refused {pin.member}: {answer.reason}")
-        if answer.state != enrolment_pb2.JOIN_STATE_ADMITTED:
-            raise Refused(
-                RefusalReason.NOT_A_PARTICIPANT,
-                f"the owner hasn't admitted {pin.member} yet; ask for it, then try again",
-            )
-        folder.keep_certificate(answer.certificate)
-
-    def _keep_certificate_fresh(self) -> None:
-        """Renew the certificate of a member that has been waiting for weeks."""
-        line, chain = self._line, self._folder.certificate
-        if line is not None and _certificate_life(chain) < _RENEWAL_LIFE:
-            self._renew_certificate()
-            line.use_certificate(self._folder.transport_key, self._folder.certificate)
-
-    def _renew_certificate(self) -> None:
-        folder, pin = self._folder, self._folder.pin
-        line = self._new_line()
-        try:
-            request = certificate_request(folder.transport_key, pin.member)
-            answer = line.call(
-                line.stub.RenewCertificate,
-                round_pb2.RenewCertificateRequest(
-                    csr=request, signature=folder.identity.sign("certificate request", request)
-                ),
-                what="renewing the certificate",
-            )
-            folder.keep_certificate(answer.certificate)
-        except Unreachable as error:
-            _log.warning("the certificate couldn't be renewed yet: %s", error)
-        finally:
-            line.close()
 
     def _held_state(self) -> HeldState:
         if self._held is None:
@@ -504,6 +331,10 @@ class Member:
     def _connection_changed(self, connected: bool) -> None:
         if not connected:
             _log.info("the connection to the aggregator broke; connecting again")
+            with self._cond:
+                # The machine may have slept past the certificate's end.
+                self._look_at_certificate = True
+                self._cond.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, Stopped) or self._stop.is_set():
@@ -518,16 +349,17 @@ class Member:
         handled = 0
         while not self._stop.is_set():
             with self._cond:
-                if not (self._stop.is_set() or self._arrived > handled):
-                    self._cond.wait(_RENEWAL_LOOK_SECONDS)
+                if not (self._stop.is_set() or self._arrived > handled or self._look_at_certificate):
+                    self._cond.wait(self._seconds_to_renewal())
                 if self._stop.is_set():
                     return
+                self._look_at_certificate = False
                 notice, new = self._notice, self._arrived > handled
                 handled = self._arrived
-            if notice is None or not new:
-                self._keep_certificate_fresh()
-                continue
             try:
+                self._keep_certificate_fresh()
+                if notice is None or not new:
+                    continue
                 self._act_on(notice)
             except RosterMovedOn as error:
                 # Harmless if a newer notice follows; else somebody holds the keys back.
@@ -546,6 +378,17 @@ class Member:
             except Exception as error:
                 self._fail(error)
                 return
+
+    def _seconds_to_renewal(self) -> float:
+        certificate = self._certificate
+        left = _RENEWAL_LOOK_SECONDS if certificate is None else certificate.seconds_left()
+        return min(left, _RENEWAL_LOOK_SECONDS)
+
+    def _keep_certificate_fresh(self) -> None:
+        """Renew the certificate of a member that has been running for weeks, without a stop."""
+        line, certificate = self._line, self._certificate
+        if line is not None and certificate is not None:
+            certificate.renew_in(line, self._stop)
 
     def _newer_than(self, handled: int, seconds: float) -> bool:
         with self._cond:
@@ -718,9 +561,10 @@ class Member:
         self._wait(ready)
         return found[0]
 
-    def _submit(
+    def contribute(
         self, session: RoundSession, state: TrainingState, contribution: Contribution
     ) -> RoundReceipt:
+        """Send a round's contribution and see the round through; `Round.submit` is the way for apps."""
         while True:
             try:
                 return self._contribute(session, state, contribution)
@@ -959,16 +803,10 @@ class Member:
 
     # Local tensors
 
-    def _keep_local(self, tensors: dict[str, Any]) -> None:
+    def keep_local(self, tensors: dict[str, Any]) -> None:
+        """Store the tensors that aren't shared, for the next round."""
         self._local = tensors
         self._folder.keep_local(portable(tensors))
-
-
-def _certificate_life(chain: bytes) -> float:
-    """The share of its life that a certificate has left; 0 once it has expired."""
-    certificate = x509.load_pem_x509_certificate(chain)
-    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    return max(0.0, (end - datetime.now(UTC)) / (end - start))
 
 
 def _phase_of(said: round_pb2.RoundNotice) -> Phase:

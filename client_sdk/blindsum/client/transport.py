@@ -256,7 +256,9 @@ class MemberLine(Line):
                 if self.stop.is_set():
                     return
                 refused = refusal_of(error)
-                if refused is not None and refused.reason is not RefusalReason.LIMIT:
+                # An expired certificate is renewed by whoever watches; then this goes on.
+                later = (RefusalReason.LIMIT, RefusalReason.EXPIRED)
+                if refused is not None and refused.reason not in later:
                     raise refused from None
                 if refused is None and not is_retryable(error):
                     raise _failure(error, "watching") from None
