@@ -33,6 +33,7 @@ _SUMMARIES = {
     "train": "Sign and start a training job; see how far it is.",
     "receipt": "Show and verify what a member's rounds were.",
     "serve": "Run the aggregator, the server that adds up ciphertext.",
+    "infer": "Run the inference service, which answers on encrypted features.",
     "demo": "A whole federation on this machine, with real data.",
     "bench": "Measure schemes and the service.",
 }

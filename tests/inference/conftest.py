@@ -1,3 +1,4 @@
 import pytest
 
 pytest.importorskip("tenseal")
+pytest.importorskip("grpc_health")

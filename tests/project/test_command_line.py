@@ -10,7 +10,7 @@ from blindsum import cli
 from blindsum.crypto.errors import OpeningFailed
 from typer.testing import CliRunner
 
-OURS = ["owner", "join", "member", "train", "receipt", "serve", "demo", "bench"]
+OURS = ["owner", "join", "member", "train", "receipt", "serve", "infer", "demo", "bench"]
 
 
 @pytest.fixture

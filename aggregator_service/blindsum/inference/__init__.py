@@ -1,0 +1,1 @@
+"""The inference service of the cloud: evaluates a tail on features that it can't read."""
