@@ -1,7 +1,9 @@
 """Worker processes of members: exact, replaced when they die, and nothing of a key where it may not be."""
 
 import os
+import resource
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,13 +28,19 @@ from blindsum.crypto.schemes.homomorphic.worker_cipher import PieceWork
 from homomorphic_settings import Setting, make_setting
 from small_he_round import MEMBERS, SmallHeRound
 
-pytestmark = pytest.mark.paillier
+SCHEMES = [
+    pytest.param("bfv", marks=pytest.mark.he),
+    pytest.param("ckks", marks=pytest.mark.he),
+    pytest.param("paillier", marks=pytest.mark.paillier),
+]
 
 
-@pytest.fixture(scope="module")
-def key() -> Setting:
-    parameters = choose_parameters("paillier", 16, 7, length=5000, modulus_bits=2048, minimum_security=112)
-    assert parameters.ciphertexts_per_frame > 2 * worker_cipher.PIECE_CIPHERTEXTS
+@pytest.fixture(scope="module", params=SCHEMES)
+def key(request: pytest.FixtureRequest) -> Setting:
+    """bfv and ckks with one piece a frame, paillier with several."""
+    parameters = choose_parameters(request.param, 16, 7, length=5000, modulus_bits=2048, minimum_security=112)
+    several = parameters.ciphertexts_per_frame > 2 * worker_cipher.PIECE_CIPHERTEXTS
+    assert several == (request.param == "paillier")
     return make_setting(parameters)
 
 
@@ -67,11 +75,19 @@ def test_frames_are_exact_and_fresh(
     assert total is not None
     summed, error = workers.decrypt(work, aggregator.finish(total), fields.size, 2)
     np.testing.assert_array_equal(summed, 2 * fields.astype(np.uint64))
-    assert error == 0
-    assert len(workers.pids) == 2
+    assert error == 0 if key.parameters.scheme != "ckks" else 0 < error < 0.25
+    assert 1 <= len(workers.pids) <= 2
+    assert workers.cpu_seconds > 0
 
 
-def test_a_worker_that_dies_is_replaced(work: PieceWork, workers: FrameWorkers, fields: Any) -> None:
+def aggregated(key: Setting, frame: bytes) -> bytes:
+    """The published sum of one upload."""
+    return key.aggregator.finish(key.aggregator.add(None, frame))
+
+
+def test_a_worker_that_dies_is_replaced(
+    key: Setting, work: PieceWork, workers: FrameWorkers, fields: Any
+) -> None:
     workers.start(work)
     before = workers.pids
     for pid in before:
@@ -85,21 +101,22 @@ def test_a_worker_that_dies_is_replaced(work: PieceWork, workers: FrameWorkers, 
     timer.start()
     frame = workers.encrypt(work, fields)
     timer.join()
-    summed, _ = workers.decrypt(work, frame, fields.size, 1)
+    summed, _ = workers.decrypt(work, aggregated(key, frame), fields.size, 1)
     np.testing.assert_array_equal(summed, fields)
     assert not set(before) & set(workers.pids)
 
 
 def test_a_sum_that_does_not_open_leaves_the_workers_alive(
-    work: PieceWork, workers: FrameWorkers, fields: Any
+    key: Setting, work: PieceWork, workers: FrameWorkers, fields: Any
 ) -> None:
     frame = workers.encrypt(work, fields)
     before = sorted(workers.pids)
-    damaged = frame[:5000] + b"\xff" * 600 + frame[5600:]
-    for bad in (damaged, bytes(16) + frame[16:]):
+    published = aggregated(key, frame)
+    damaged = published[:5000] + b"\xff" * 600 + published[5600:]
+    for bad in (damaged, bytes(16) + published[16:]):
         with pytest.raises(OpeningFailed):
             workers.decrypt(work, bad, fields.size, 1)
-    summed, _ = workers.decrypt(work, frame, fields.size, 1)
+    summed, _ = workers.decrypt(work, published, fields.size, 1)
     np.testing.assert_array_equal(summed, fields)
     assert sorted(workers.pids) == before
 
@@ -110,8 +127,8 @@ def test_workers_take_another_key_and_come_back(
     other = make_setting(key.parameters)
     theirs = workers.encrypt(PieceWork(key.parameters, other.keys.public, other.keys.secret), fields)
     ours = workers.encrypt(work, fields)
-    np.testing.assert_array_equal(other.member.decrypt(theirs, fields.size, 1), fields)
-    np.testing.assert_array_equal(key.member.decrypt(ours, fields.size, 1), fields)
+    np.testing.assert_array_equal(other.member.decrypt(aggregated(other, theirs), fields.size, 1), fields)
+    np.testing.assert_array_equal(key.member.decrypt(aggregated(key, ours), fields.size, 1), fields)
 
 
 def test_nothing_of_the_key_is_in_arguments_or_environment(
@@ -127,6 +144,23 @@ def test_nothing_of_the_key_is_in_arguments_or_environment(
             assert secret.hex().encode() not in seen
 
 
+def test_a_worker_has_a_memory_limit(work: PieceWork, workers: FrameWorkers) -> None:
+    workers.start(work)
+    for pid in workers.pids:
+        limit, hard = resource.prlimit(pid, resource.RLIMIT_AS)
+        assert limit == hard < 4 * frame_worker.MEMORY_BYTES
+        assert resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0)
+    greedy = (
+        "from blindsum.client import frame_worker as one\n"
+        "one._limit_memory()\n"
+        "kept = bytearray(one.MEMORY_BYTES // 2)\n"
+        "try:\n    bytearray(one.MEMORY_BYTES)\n"
+        "except MemoryError:\n    print('refused')\n"
+    )
+    said = subprocess.run([sys.executable, "-c", greedy], capture_output=True, text=True, check=True)
+    assert said.stdout == "refused\n"
+
+
 def test_idle_workers_end_on_request(work: PieceWork, fields: Any) -> None:
     pool = FrameWorkers(2)
     pool.start(work)
@@ -139,6 +173,7 @@ def test_idle_workers_end_on_request(work: PieceWork, fields: Any) -> None:
         os.close(handle)
     assert pool.encrypt(work, fields)
     pool.close()
+    assert pool.cpu_seconds == 0
 
 
 def test_a_piece_that_kills_every_worker_is_a_typed_error(
@@ -154,11 +189,10 @@ def test_a_piece_that_kills_every_worker_is_a_typed_error(
     pool.close()
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> SmallHeRound:
-    """A round whose vector is just long enough for workers."""
-    monkeypatch.setattr(worker_cipher, "WORTH_SPREADING", 2)
-    return SmallHeRound("paillier")
+@pytest.fixture(scope="module", params=SCHEMES)
+def small(request: pytest.FixtureRequest) -> SmallHeRound:
+    """A round of two frames."""
+    return SmallHeRound(request.param)
 
 
 def test_spread_frames_are_made_once_and_sealed_only_when_all_are(small: SmallHeRound) -> None:
@@ -217,8 +251,9 @@ def test_where_processes_cannot_start_one_does_the_work(
     frame_workers._shared.close()
 
 
-def test_a_whole_round_with_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real members, real server: the sum is exact, whoever made and opened the frames."""
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_round_is_exact_although_workers_die(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real members, real server. One worker dies as it gets a piece to encrypt, one with one to open."""
     spread: list[bool] = []
     for name in ("spread_protector", "spread_opener"):
         real = getattr(frame_workers, name)
@@ -229,10 +264,21 @@ def test_a_whole_round_with_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             return used
 
         monkeypatch.setattr(f"blindsum.client.round_session.{name}", seen)
-    monkeypatch.setattr(worker_cipher, "WORTH_SPREADING", 4)
+    call, doomed, died = frame_workers._Worker.call, {b"SEAL", b"OPEN"}, []
+
+    def call_or_die(worker: Any, operation: bytes, parts: Any) -> list[bytes]:
+        if operation in doomed:
+            doomed.remove(operation)
+            died.append(worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
+        return call(worker, operation, parts)
+
+    monkeypatch.setattr(frame_workers._Worker, "call", call_or_die)
     model = {"weight": np.zeros(700, np.float32)}
-    with Federation(3, scheme="paillier", model=model, policy={"paillier_bits": 2048}) as federation:
+    policy = {"paillier_bits": 2048} if scheme == "paillier" else {}
+    with Federation(3, scheme=scheme, model=model, policy=policy) as federation:  # type: ignore[arg-type]
         federation.train(lambda name, _: {"weight": np.full(700, int(name[-1]) / 64, np.float32)})
         after = federation.owner.model()
     np.testing.assert_allclose(after["weight"], 2 / 64, atol=1e-3)
     assert spread == [True] * 6
+    assert len(died) == 2

@@ -1,4 +1,4 @@
-"""CPU seconds of a role: user + system of all its threads and of the child processes that have ended.
+"""CPU seconds of a role: user + system of all its threads and of its child processes.
 
 In a benchmark only one role of a process works at a time, so what the process uses meanwhile is that
 role's. Garbage collection is off while a round runs, because one process holds all members' objects.
@@ -11,11 +11,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from blindsum.client.frame_workers import worker_cpu_seconds
+
 
 def process_cpu() -> float:
-    """CPU seconds that this process, all of its threads, and its children that have ended used so far."""
+    """CPU seconds that this process, all of its threads, and its children used so far.
+
+    Of the children that run, the frame workers of a member count, as of their last answers.
+    """
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
+    return time.process_time() + children.ru_utime + children.ru_stime + worker_cpu_seconds()
 
 
 class StepClock:

@@ -2,7 +2,7 @@
 
 Everything that a member sends or gets is the service's own serialised message (`round.proto`), and is
 counted and charged as such; TLS and HTTP/2 framing aren't. Members work one after the other, frames on
-as many threads as there are cores.
+as many threads as there are cores, ciphertexts in the SDK's worker processes.
 """
 
 import time
@@ -16,7 +16,8 @@ import numpy as np
 from blindsum.bench.aggregator_process import AggregatorProcess
 from blindsum.bench.cpu_time import StepClock, process_cpu, without_collection
 from blindsum.bench.federation_setup import EXAMPLES, RANGE_EXPONENT, Federation
-from blindsum.bench.peak_memory import PeakMemory
+from blindsum.bench.peak_memory import PeakMemory, peak_resident
+from blindsum.client.frame_workers import spread_opener, spread_protector, worker_cpu_seconds, worker_pids
 from blindsum.crypto.encoding.sum_check import SumCheck
 from blindsum.crypto.encoding.vector import VectorDecoder, VectorEncoder
 from blindsum.crypto.primitives.derivation import system_random
@@ -49,7 +50,7 @@ def within(progress: Progress, what: str) -> Progress:
 
 @dataclass
 class MemberCost:
-    """What one member used in the round: CPU seconds and bytes by step, and seconds in `protect`."""
+    """What one member used in the round: CPU seconds and bytes by step, and those of `protect`."""
 
     clock: StepClock = field(default_factory=StepClock)
     bytes_up: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -67,6 +68,7 @@ class RoundCost:
     aggregate_cpu_s: float
     aggregator_peaks: dict[str, int | None]
     member_peak: int | None
+    worker_peak: int | None
     open_cpu_s: float
     decrypt_cpu_s: float
     sum_check_cpu_s: float
@@ -164,9 +166,10 @@ class MeasuredRound:
             if name not in self._machines:
                 self._machines[name] = self._machine(name)
             machine = self._machines[name]
-            protector = machine.begin_upload(round_pb2.GetStepResponse.FromString(raw).request)
-            if isinstance(protector, Complaint):
-                raise RuntimeError(f"{name} complains about {protector.accused}")
+            begun = machine.begin_upload(round_pb2.GetStepResponse.FromString(raw).request)
+            if isinstance(begun, Complaint):
+                raise RuntimeError(f"{name} complains about {begun.accused}")
+            protector = spread_protector(begun)
             machine.snapshot()
             encoder = VectorEncoder(
                 federation.vector,
@@ -178,6 +181,7 @@ class MeasuredRound:
                 member=name,
             )
         frames = _Frames(encoder, protector)
+        workers_before = worker_cpu_seconds()
         digests: list[bytes] = []
         for window in frames.windows(self._threads):
             with cost.clock.running("upload"):
@@ -193,6 +197,7 @@ class MeasuredRound:
                 for chunk in frame.chunks:
                     cost.bytes_up["upload"] += len(chunk)
                     self._aggregator.send("chunk", chunk)
+        cost.protect_cpu_s += worker_cpu_seconds() - workers_before
         with cost.clock.running("upload"):
             digest = upload_digest(protector.h1, digests)
             reply = machine.seal_upload(digest)
@@ -219,7 +224,7 @@ class MeasuredRound:
         clock, decrypt = StepClock(), StepClock()
         with clock.running("open"):
             result = round_pb2.GetResultResponse.FromString(raw).result
-            opener = self._machines[name].open_sum(result)
+            opener = spread_opener(self._machines[name].open_sum(result))
             decoder = VectorDecoder(
                 federation.vector,
                 (RANGE_EXPONENT,),
@@ -258,6 +263,7 @@ class MeasuredRound:
             aggregate_cpu_s=report["aggregate_cpu_s"],
             aggregator_peaks=report["peak_bytes"],
             member_peak=self._member_peak,
+            worker_peak=peak_resident(worker_pids()),
             open_cpu_s=clock.total,
             decrypt_cpu_s=decrypt.total,
             sum_check_cpu_s=self._sum_check_cpu_s,

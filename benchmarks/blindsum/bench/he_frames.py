@@ -2,8 +2,8 @@
 
 Rates are parameters in a CPU second of the role: encrypting counts making frames from integers (the
 median member), aggregating checking and adding all frames of all members, decrypting opening all frames
-of the sum. Contexts, keys and paillier's tables, made once a process and key, are apart. Each run has a
-fresh key.
+of the sum. Members encrypt and decrypt in the SDK's worker processes, which count. Starting them, contexts,
+keys and paillier's tables, made once a process and key, are apart. Each run has a fresh key.
 """
 
 import sys
@@ -115,9 +115,11 @@ def _figures(federations: list[Federation], costs: list[RoundCost]) -> dict[str,
         "member_open_cpu_s": min(cost.open_cpu_s for cost in costs),
         "sum_check_cpu_s": min(cost.sum_check_cpu_s for cost in costs),
         "key_cpu_s": min(one.key_cpu_s for one in federations),
+        "worker_start_cpu_s": federations[0].table_cpu_s,
         "table_cpu_s": tables,
         "member_peak_bytes_per_param": None if peak is None else peak / dimension,
         "member_peak_bytes": peak,
+        "worker_peak_bytes": best.worker_peak,
         "aggregator_peak_bytes": max(peaks) if peaks else None,
         "wall_s": min(cost.wall_s for cost in costs),
         "trust": scheme(work.scheme).trust_line(federation.terms),
@@ -153,10 +155,11 @@ def show_he(figures: dict[str, Any], console: Console) -> None:
     show_table("By scheme", ["", *(title for title, _ in columns)], rows, console)
     console.print(
         f"Member {seconds(f['member_cpu_s'])} in all (slowest {seconds(f['member_cpu_max_s'])}), peak "
-        f"{size(f['member_peak_bytes'])} above its input; server {seconds(f['aggregator_cpu_s'])}, peak "
+        f"{size(f['member_peak_bytes'])} above its input and {size(f['worker_peak_bytes'])} of worker "
+        f"processes with their libraries; server {seconds(f['aggregator_cpu_s'])}, peak "
         f"{size(f['aggregator_peak_bytes'])} above idle; opening {seconds(f['member_open_cpu_s'])}. Apart: "
         f"keys {seconds(f['key_cpu_s'])}, context {size(f['context_bytes'])}, a member's tables "
-        f"{seconds(f['table_cpu_s'])}"
+        f"{seconds(f['table_cpu_s'])}, starting its workers as well {seconds(f['worker_start_cpu_s'])}"
     )
     base = f.get("baseline")
     if base:

@@ -6,6 +6,7 @@ memory is first given back to the system (malloc_trim), so that reusing it count
 """
 
 import ctypes
+from collections.abc import Iterable
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
@@ -30,6 +31,14 @@ class PeakMemory:
         return max(_resident("VmHWM") - self._start, 0) if self._known else None
 
 
+def peak_resident(pids: Iterable[int]) -> int | None:
+    """Bytes of the largest resident sets that other processes had, added up, with all that they loaded."""
+    try:
+        return sum(_resident("VmHWM", Path(f"/proc/{pid}/status")) for pid in pids)
+    except OSError:
+        return None
+
+
 def _reset() -> bool:
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -39,8 +48,8 @@ def _reset() -> bool:
     return True
 
 
-def _resident(name: str) -> int:
-    for line in _STATUS.read_text().splitlines():
+def _resident(name: str, status: Path = _STATUS) -> int:
+    for line in status.read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {name}")

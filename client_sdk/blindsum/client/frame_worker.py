@@ -1,9 +1,12 @@
 """One worker process of a member: encrypts and decrypts pieces of frames, and may die without harm.
 
+What the aggregator published reaches native code (SEAL, GMP) here and nowhere else of the SDK.
+
 Started by `frame_workers` as a file of its own, so that it loads what it works with and no more of the SDK.
 Jobs come on standard input, answers go to standard output; both are messages of our own: a 4-byte
 operation, a count, and length-prefixed parts. Nothing is unpickled. The key comes in the first job, in
-no argument and no file. It ends when its input does, or when there was nothing to do for a while.
+no argument and no file. It ends when its input does, or when there was nothing to do for a while. Memory
+is limited here, time by whoever asked, sizes and counts on both sides of the pipe.
 """
 
 import os
@@ -12,6 +15,7 @@ import select
 import signal
 import struct
 import sys
+import time
 from collections.abc import Sequence
 from typing import BinaryIO
 
@@ -21,10 +25,14 @@ from blindsum.crypto.schemes.homomorphic.worker_cipher import WorkerCipher
 
 IDLE_SECONDS = 300
 
+MEMORY_BYTES = 1 << 30
+"""Address space of a worker above what its libraries take when it starts. A job needs a few megabytes,
+paillier's tables 40."""
+
 _HEAD = struct.Struct("<4sI")
 _LENGTH = struct.Struct("<Q")
 _OPENING = struct.Struct("<QQ")
-_ERROR = struct.Struct("<d")
+_REAL = struct.Struct("<d")
 _MAX_PARTS = 8
 _MAX_PART = 1 << 28
 
@@ -64,10 +72,10 @@ def opening(count: int, contributions: int) -> bytes:
     return _OPENING.pack(count, contributions)
 
 
-def opened_error(part: bytes) -> float:
-    """The largest rounding error, from the second part of the answer to an OPEN job."""
-    (error,) = _ERROR.unpack(part)
-    return float(error)
+def real_of(part: bytes) -> float:
+    """A part that is one number: CPU seconds, or the largest rounding error of an OPEN job."""
+    (number,) = _REAL.unpack(part)
+    return float(number)
 
 
 def _serve(jobs: BinaryIO, answers: BinaryIO) -> None:
@@ -85,12 +93,26 @@ def _serve(jobs: BinaryIO, answers: BinaryIO) -> None:
             else:
                 assert cipher is not None
                 fields, error = cipher.decrypt(parts[1], *_OPENING.unpack(parts[0]))
-                done = [fields.astype("<u8").tobytes(), _ERROR.pack(error)]
+                done = [fields.astype("<u8").tobytes(), _REAL.pack(error)]
         except (BlindsumError, ValueError) as error:
             # The texts of these errors never carry a secret.
-            write_message(answers, b"FAIL", [type(error).__name__.encode(), str(error).encode()])
+            failed = [_cpu(), type(error).__name__.encode(), str(error).encode()]
+            write_message(answers, b"FAIL", failed)
         else:
-            write_message(answers, b"DONE", done)
+            write_message(answers, b"DONE", [_cpu(), *done])
+
+
+def _cpu() -> bytes:
+    """CPU seconds of this process so far."""
+    return _REAL.pack(time.process_time())
+
+
+def _limit_memory() -> None:
+    """A job that wants more than `MEMORY_BYTES` fails here, and nothing else of the machine with it."""
+    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - not a file of ours
+        pages = int(file.read().split()[0])
+    limit = pages * resource.getpagesize() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def main() -> None:
@@ -100,6 +122,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     # Whatever a library prints must not get between the answers.
     os.dup2(2, 1)
+    if sys.platform == "linux":
+        _limit_memory()
     try:
         _serve(sys.stdin.buffer, answers)
     except (EOFError, BrokenPipeError):

@@ -1,8 +1,9 @@
-"""Worker processes for frames that hold the interpreter lock for long: paillier on all cores.
+"""Worker processes for bfv, ckks and paillier: native code on all cores, in processes that may die.
 
-One pool for all members of a process, so that each worker makes paillier's table of powers once. A worker
-that dies or hangs is replaced, and its piece, which nobody has seen, is made again by another. Workers end
-by themselves when there is nothing to do for a while, and with the process that they work for.
+One pool for all members of a process, so that each worker makes its key's context or table of powers once.
+A worker that dies, hangs or runs out of memory is replaced, and its piece, which nobody has seen, is made
+again by another; a piece that several die on ends as a typed error. Workers end by themselves when there
+is nothing to do for a while, and with the process that they work for.
 """
 
 import atexit
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from blindsum.client import frame_worker
-from blindsum.client.frame_worker import opened_error, opening, read_message, write_message
+from blindsum.client.frame_worker import opening, read_message, real_of, write_message
 from blindsum.crypto.errors import BlindsumError, OpeningFailed
 from blindsum.crypto.schemes.base import Fields, FrameProtector, SummedFields, SumOpener
 from blindsum.crypto.schemes.homomorphic.rounds import HomomorphicOpener, HomomorphicProtector
@@ -27,7 +28,11 @@ from blindsum.crypto.schemes.homomorphic.worker_cipher import PieceWork
 _log = logging.getLogger("blindsum.client")
 
 _MOST_WORKERS = 8
-_PIECE_SECONDS = 300.0
+_PIECE_SECONDS = 120.0
+"""A piece takes milliseconds to a fifth of a second, paillier's table a second or two."""
+
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""Nothing of a worker uses threads, and their stacks would count as its memory."""
 _ATTEMPTS = 3
 
 
@@ -43,8 +48,10 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
+            env=os.environ | _ENVIRONMENT,
         )
         self.spec = b""
+        self.cpu_seconds = 0.0
 
     @property
     def pid(self) -> int:
@@ -67,9 +74,12 @@ class _Worker:
             kind, answer = read_message(self._process.stdout)  # type: ignore[arg-type]
         finally:
             guard.cancel()
+        if not answer:
+            raise ValueError("an answer without its CPU seconds")
+        self.cpu_seconds = real_of(answer[0])
         if kind == b"DONE":
-            return answer
-        name, text = (part.decode() for part in answer)
+            return answer[1:]
+        name, text = (part.decode() for part in answer[1:])
         if name == OpeningFailed.__name__:
             raise OpeningFailed(text)
         raise BlindsumError(f"a worker process failed: {text} ({name})")
@@ -89,6 +99,7 @@ class FrameWorkers:
     def __init__(self, count: int) -> None:
         self._free: list[_Worker | None] = [None] * count
         self._freed = threading.Condition()
+        self._running: set[_Worker] = set()
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="blindsum-workers")
         self._count = count
 
@@ -98,9 +109,19 @@ class FrameWorkers:
         with self._freed:
             return [worker.pid for worker in self._free if worker is not None]
 
-    def start(self, work: PieceWork) -> None:
-        """Start all workers and give them the key. Raises `WorkerDied` where processes can't be started."""
-        list(self._threads.map(lambda _: self._call(work.spec, b"", ()), range(self._count)))
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU seconds of the workers that run, as of their last answers; those that ended aren't in it."""
+        with self._freed:
+            return sum(worker.cpu_seconds for worker in self._running)
+
+    def start(self, work: PieceWork, most: int = _MOST_WORKERS) -> None:
+        """Start workers and give them the key: all that a frame keeps busy, at most so many.
+
+        Raises `WorkerDied` where processes can't be started.
+        """
+        count = min(self._count, most)
+        list(self._threads.map(lambda _: self._call(work.spec, b"", ()), range(count)))
 
     def encrypt(self, work: PieceWork, fields: Fields) -> bytes:
         """A frame, its pieces encrypted by all workers. Raises `WorkerDied`."""
@@ -124,7 +145,7 @@ class FrameWorkers:
         summed = np.frombuffer(b"".join(fields for fields, _ in answers), "<u8").astype(np.uint64)
         if summed.size != count:
             raise OpeningFailed(f"a worker opened {summed.size} fields instead of {count}")
-        return summed, max(opened_error(error) for _, error in answers)
+        return summed, max(real_of(error) for _, error in answers)
 
     def _call(self, spec: bytes, operation: bytes, parts: Sequence[bytes]) -> list[bytes]:
         failure: Exception = EOFError()
@@ -133,6 +154,8 @@ class FrameWorkers:
             try:
                 if worker is None:
                     worker = _Worker()
+                    with self._freed:
+                        self._running.add(worker)
                 if worker.spec != spec:
                     worker.call(b"SPEC", (spec,))
                     worker.spec = spec
@@ -141,7 +164,7 @@ class FrameWorkers:
                 failure = error
                 _log.warning("a worker process died or ran out of time; its piece goes to another")
                 if worker is not None:
-                    worker.stop()
+                    self._stop(worker)
                     worker = None
             finally:
                 with self._freed:
@@ -159,9 +182,14 @@ class FrameWorkers:
             self._free.remove(worker)
         if worker is not None and not worker.alive:
             # It had nothing to do for long.
-            worker.stop()
+            self._stop(worker)
             return None
         return worker
+
+    def _stop(self, worker: _Worker) -> None:
+        with self._freed:
+            self._running.discard(worker)
+        worker.stop()
 
     def end_idle(self) -> None:
         """End the workers that have nothing to do, and forget the key with them."""
@@ -170,7 +198,7 @@ class FrameWorkers:
             self._free = [None] * len(idle)
         for worker in idle:
             if worker is not None:
-                worker.stop()
+                self._stop(worker)
 
     def close(self) -> None:
         """End all workers once their pieces are done."""
@@ -186,22 +214,30 @@ class _Shared:
         self._workers: FrameWorkers | None = None
         self._useless = False
 
-    def started(self, work: PieceWork) -> FrameWorkers | None:
-        """The workers, ready with the key; None where one process must do."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if cores < 2 or not sys.executable or self._useless:
+    def started(self, work: PieceWork, most: int) -> FrameWorkers | None:
+        """The workers, at most so many ready with the key; None where one process must do."""
+        if not sys.executable or self._useless:
             return None
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with self._lock:
             if self._workers is None:
                 self._workers = FrameWorkers(min(_MOST_WORKERS, cores))
             workers = self._workers
         try:
-            workers.start(work)
+            workers.start(work, most)
         except WorkerDied as error:
             _log.warning("working in one process: %s", error)
             self._useless = True
             return None
         return workers
+
+    @property
+    def pids(self) -> list[int]:
+        return [] if self._workers is None else self._workers.pids
+
+    @property
+    def cpu_seconds(self) -> float:
+        return 0.0 if self._workers is None else self._workers.cpu_seconds
 
     def end_idle(self) -> None:
         if self._workers is not None:
@@ -226,50 +262,63 @@ def end_idle_workers() -> None:
     _shared.end_idle()
 
 
+def start_workers(work: PieceWork) -> FrameWorkers | None:
+    """The workers of this process, all started and ready with a key; None where none can be started."""
+    return _shared.started(work, _MOST_WORKERS)
+
+
+def worker_pids() -> list[int]:
+    """Process ids of this process' workers that have nothing to do at the moment."""
+    return _shared.pids
+
+
+def worker_cpu_seconds() -> float:
+    """CPU seconds of this process' workers that still run, as of their last answers."""
+    return _shared.cpu_seconds
+
+
 def spread_protector(protector: FrameProtector) -> FrameProtector:
-    """The protector, or one that has its frames encrypted by worker processes where that is faster."""
-    if isinstance(protector, HomomorphicProtector) and protector.work is not None:
-        workers = _shared.started(protector.work)
+    """The protector, or for a scheme with native code one whose frames are encrypted by worker processes."""
+    if isinstance(protector, HomomorphicProtector):
+        workers = _shared.started(protector.work, protector.work.pieces)
         if workers is not None:
-            return _SpreadProtector(protector, protector.work, workers)
+            return _SpreadProtector(protector, workers)
     return protector
 
 
 def spread_opener(opener: SumOpener) -> SumOpener:
-    """The opener, or one that has its frames decrypted by worker processes where that is faster."""
-    if isinstance(opener, HomomorphicOpener) and opener.work is not None:
-        workers = _shared.started(opener.work)
+    """The opener, or for a scheme with native code one whose frames are decrypted by worker processes."""
+    if isinstance(opener, HomomorphicOpener):
+        workers = _shared.started(opener.work, opener.work.pieces)
         if workers is not None:
-            return _SpreadOpener(opener, opener.work, workers)
+            return _SpreadOpener(opener, workers)
     return opener
 
 
 class _SpreadProtector:
-    def __init__(self, protector: HomomorphicProtector, work: PieceWork, workers: FrameWorkers) -> None:
+    def __init__(self, protector: HomomorphicProtector, workers: FrameWorkers) -> None:
         self.layout, self.h1 = protector.layout, protector.h1
         self._protector = protector
-        self._work = work
         self._workers = workers
 
     def protect(self, index: int, fields: Fields) -> bytes:
         """See `FrameProtector.protect`."""
         self._protector.hand_over(index, fields)
-        return self._workers.encrypt(self._work, fields)
+        return self._workers.encrypt(self._protector.work, fields)
 
 
 class _SpreadOpener:
-    def __init__(self, opener: HomomorphicOpener, work: PieceWork, workers: FrameWorkers) -> None:
+    def __init__(self, opener: HomomorphicOpener, workers: FrameWorkers) -> None:
         self.survivors, self.layout, self.h1 = opener.survivors, opener.layout, opener.h1
         self.max_error = 0.0
         self._opener = opener
-        self._work = work
         self._workers = workers
 
     def open(self, index: int, frame: bytes | memoryview) -> SummedFields:
         """See `SumOpener.open`. A frame on which workers keep dying doesn't open."""
         count = self._opener.hand_over(index, frame)
         try:
-            summed, error = self._workers.decrypt(self._work, frame, count, len(self.survivors))
+            summed, error = self._workers.decrypt(self._opener.work, frame, count, len(self.survivors))
         except WorkerDied as death:
             raise OpeningFailed(f"frame {index} of the sum doesn't open: {death}") from death
         self.max_error = max(self.max_error, error)

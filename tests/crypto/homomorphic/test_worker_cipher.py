@@ -12,7 +12,6 @@ from blindsum.crypto.schemes.homomorphic.worker_cipher import (
     PieceWork,
     WorkerCipher,
     piece_parameters,
-    worth_spreading,
 )
 from homomorphic_settings import Setting, make_setting
 
@@ -133,12 +132,9 @@ def test_rounding_errors_are_each_pieces_own() -> None:
     assert errors[1] != errors[0]
 
 
-def test_only_long_paillier_vectors_are_worth_it() -> None:
-    paillier = long_paillier(40)
-    assert not worth_spreading(paillier, 39 * paillier.fields_per_unit)
-    assert worth_spreading(paillier, 100 * paillier.fields_per_unit)
+def test_only_paillier_frames_are_cut() -> None:
+    assert piece_parameters(long_paillier(40)).ciphertexts_per_frame < 40
     bfv = choose_parameters("bfv", 16, 7)
-    assert not worth_spreading(bfv, 10_000_000)
     assert piece_parameters(bfv) == bfv
 
 

@@ -45,7 +45,7 @@ from blindsum.crypto.schemes.homomorphic.cipher import (
     member_cipher,
     restore_parameters,
 )
-from blindsum.crypto.schemes.homomorphic.worker_cipher import PieceWork, opened, worth_spreading
+from blindsum.crypto.schemes.homomorphic.worker_cipher import PieceWork, opened
 from blindsum.crypto.trust.documents import Digest, MemberId
 
 SNAPSHOT_VERSION: Literal[1] = 1
@@ -499,14 +499,14 @@ class HomomorphicArithmetic:
 
 
 class HomomorphicProtector:
-    """A member's bulk step. `work` is for the caller's worker processes; None where they wouldn't pay."""
+    """A member's bulk step. `work` is for the caller's worker processes, where it has them."""
 
     def __init__(self, cipher: MemberCipher, terms: RoundTerms, secret: bytes) -> None:
         self._cipher = cipher
         self._maximum = (1 << terms.bound.header.bits) - 1
         self.layout = _layout(cipher.parameters, terms.bound.header.fields)
         self.h1 = terms.bound.h0
-        self.work = _work(cipher.parameters, terms, secret)
+        self.work = PieceWork(cipher.parameters, terms.he_public, secret)
         self._pending = set(range(self.layout.frames))
 
     @property
@@ -541,7 +541,7 @@ class HomomorphicProtector:
 
 
 class HomomorphicOpener:
-    """Opens the published sum. `work` is for the caller's worker processes; None where they wouldn't pay."""
+    """Opens the published sum. `work` is for the caller's worker processes, where it has them."""
 
     def __init__(
         self, cipher: MemberCipher, terms: RoundTerms, survivors: tuple[str, ...], secret: bytes
@@ -552,7 +552,7 @@ class HomomorphicOpener:
         self.layout = _layout(cipher.parameters, terms.bound.header.fields)
         self.h1 = terms.bound.h0
         self.max_error = 0.0
-        self.work = _work(cipher.parameters, terms, secret)
+        self.work = PieceWork(cipher.parameters, terms.he_public, secret)
 
     def open(self, index: int, frame: bytes | memoryview) -> SummedFields:
         """The summed fields of frame `index`. Raises `OpeningFailed`."""
@@ -589,12 +589,6 @@ class HomomorphicOpener:
 
     def __repr__(self) -> str:
         return f"<SumOpener of {self.layout.frames} frames>"
-
-
-def _work(parameters: CipherParameters, terms: RoundTerms, secret: bytes) -> PieceWork | None:
-    if not worth_spreading(parameters, terms.bound.header.fields):
-        return None
-    return PieceWork(parameters, terms.he_public, secret)
 
 
 def _layout(parameters: CipherParameters, fields: int) -> BulkLayout:

@@ -1,9 +1,9 @@
 """A key holder's bfv, ckks or paillier in worker processes, and how a frame is cut into their pieces.
 
-Encryption holds the interpreter lock, so more cores mean more processes. A cipher holds secrets and is
-never pickled: the member's process makes a spec, a byte string, and writes it through a pipe to each
-worker, which builds its own cipher from it. Then fields go one way and ciphertexts the other, as raw
-bytes. A spec holds the secret key: it belongs in no file, argument list or environment. It says nothing
+Encryption holds the interpreter lock, so more cores mean more processes; and what an aggregator published
+reaches native code in a process that may die. A cipher holds secrets and is never pickled: the member's
+process makes a spec, a byte string, and writes it through a pipe to each worker, which builds its own
+cipher from it. Then fields go one way and ciphertexts the other, as raw bytes. A spec holds the secret key: it belongs in no file, argument list or environment. It says nothing
 of a round, so a worker keeps its cipher (and paillier's table of powers) from one round to the next.
 
 A paillier frame is seconds of work, so it is cut into pieces of whole ciphertexts, which are frames of a
@@ -31,9 +31,6 @@ SPEC_VERSION: Literal[1] = 1
 
 PIECE_CIPHERTEXTS = 16
 """Paillier ciphertexts in a piece, about: tens of milliseconds to make, 0.2 s to open at 3072 bits."""
-
-WORTH_SPREADING = 96
-"""Paillier ciphertexts of a vector from which workers gain more than it takes to start them."""
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -150,12 +147,6 @@ def piece_parameters(parameters: CipherParameters) -> CipherParameters:
     return restore_parameters(
         name, parameters.bits, parameters.n_max, minimum_security=parameters.security_bits
     )
-
-
-def worth_spreading(parameters: CipherParameters, fields: int) -> bool:
-    """Whether worker processes make a vector of so many fields faster than threads do."""
-    ciphertexts = parameters.frames(fields) * parameters.ciphertexts_per_frame
-    return parameters.scheme == "paillier" and ciphertexts >= WORTH_SPREADING
 
 
 def opened(cipher: MemberCipher, frame: bytes | memoryview, count: int, contributions: int) -> SummedFields:
