@@ -1,7 +1,9 @@
 """AES-256-CTR streams that can be read at any offset (protocols.md 1.5)."""
 
+import threading
+
 from blindsum.crypto.primitives.derivation import derive_key
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 READ_MAX = 1 << 18
 """Bytes that one read gives at most: what stays in a core's cache."""
@@ -19,10 +21,11 @@ class Keystream:
     One stream a key. Reading keeps no position, so that any thread may read any part.
     """
 
-    __slots__ = ("_algorithm",)
+    __slots__ = ("_algorithm", "_mine")
 
     def __init__(self, seed: bytes, label: str, *context: bytes) -> None:
         self._algorithm = algorithms.AES(derive_key(seed, label, *context))
+        self._mine = threading.local()
 
     def read(self, offset: int, length: int, room: bytearray) -> memoryview:
         """`length` bytes of the stream from byte `offset` on, written to `room` (`READ_ROOM` bytes).
@@ -30,7 +33,12 @@ class Keystream:
         A caller that keeps `room` saves the page faults that would otherwise cost more than AES.
         """
         block, skip = divmod(offset, _BLOCK)
-        encryptor = Cipher(self._algorithm, modes.CTR(block.to_bytes(_BLOCK, "big"))).encryptor()
+        start = block.to_bytes(_BLOCK, "big")
+        encryptor: CipherContext | None = getattr(self._mine, "encryptor", None)
+        if encryptor is None:
+            encryptor = self._mine.encryptor = Cipher(self._algorithm, modes.CTR(start)).encryptor()
+        else:
+            encryptor.reset_nonce(start)
         encryptor.update_into(memoryview(_ZEROS)[: skip + length], room)
         return memoryview(room)[skip : skip + length]
 

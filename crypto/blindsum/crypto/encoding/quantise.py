@@ -112,8 +112,8 @@ class Quantiser:
         if self._bits > _NARROW_BITS:
             self._wide(self._update[start:stop], scale, dither, out)
             return
-        real = self._room.real[: 4 * count].view(np.float32)
-        fixed = self._room.fixed[: 4 * count].view(np.int32)
+        # In place: what doesn't touch another buffer doesn't push it out of the cache.
+        real, fixed = out.view(np.float32), out.view(np.int32)
         np.multiply(self._update[start:stop], np.float32(scale), out=real)
         np.clip(real, np.float32(-self._limit), np.float32(self._limit), out=real)
         np.rint(real, out=real)
@@ -121,7 +121,6 @@ class Quantiser:
         np.add(fixed, dither, out=fixed)
         np.right_shift(fixed, _FRACTION, out=fixed)
         np.add(fixed, 1 << (self._bits - 1), out=fixed)
-        np.copyto(out, fixed, casting="unsafe")
 
     def _wide(
         self, values: Vector, scale: float, dither: NDArray[np.uint16], out: NDArray[np.uint32]
@@ -129,7 +128,7 @@ class Quantiser:
         # In 1.5 * 2^52 + y the low bits of a float64 are y, rounded to the nearest integer, ties to even
         # like `rint`. Everything that isn't y lies above the 32 + 15 bits that are looked at. The middle
         # of the range is added in the same step: an even number, so that ties stay as they are.
-        real = self._room.real[: 8 * values.size].view(np.float64)
+        real = self._room.real[: values.size]
         np.multiply(values, np.float64(scale), out=real, dtype=np.float64)
         np.clip(real, -self._limit, self._limit, out=real)
         np.add(real, _INTEGER_ONLY + float(1 << (self._bits - 1 + _FRACTION)), out=real)
@@ -144,28 +143,31 @@ class _Room(threading.local):
 
     def __init__(self) -> None:
         self.stream = bytearray(READ_ROOM)
-        self.real = np.empty(8 * CHUNK, np.uint8)
-        self.fixed = np.empty(4 * CHUNK, np.uint8)
+        self.real = np.empty(CHUNK, np.float64)
 
 
 def _survey(name: str, values: Vector, limit: float, tolerance: int) -> RangeReport:
-    highest, lowest = float(values.max()), float(values.min())
-    if not (math.isfinite(highest) and math.isfinite(lowest)):
-        raise EncodingError(name, "a value is NaN or infinite; nothing was sent. Check the training step")
-    largest = max(highest, -lowest)
+    size = np.empty(min(values.size, CHUNK), np.float32)
+    bound, half = _as_float32(limit), _as_float32(limit / 2)
+    largest, clipped, outer = 0.0, 0, 0
+    for start in range(0, values.size, CHUNK):
+        part = values[start : start + CHUNK]
+        sizes = np.abs(part, out=size[: part.size])
+        highest = float(sizes.max())
+        if not math.isfinite(highest):
+            raise EncodingError(name, "a value is NaN or infinite; nothing was sent. Check the training step")
+        largest = max(largest, highest)
+        if highest > half:
+            outer += int(np.count_nonzero(sizes > half))
+        if highest > bound:
+            clipped += int(np.count_nonzero(sizes > bound))
     if largest == 0.0:
         return RangeReport(name, 0, 1)
-    clipped = _count_above(values, limit) if largest > limit else 0
     if clipped * _TOLERANCE_SCALE > tolerance * values.size:
         return RangeReport(name, clipped, 2)
-    outer = _count_above(values, limit / 2) if largest > limit / 2 else 0
     narrow = 4 * outer * _TOLERANCE_SCALE <= tolerance * values.size
     return RangeReport(name, clipped, 0 if narrow else 1)
 
 
-def _count_above(values: Vector, limit: float) -> int:
-    bound = np.float32(min(limit, float(np.finfo(np.float32).max)))
-    return sum(
-        int(np.count_nonzero(np.abs(values[start : start + CHUNK]) > bound))
-        for start in range(0, values.size, CHUNK)
-    )
+def _as_float32(limit: float) -> np.float32:
+    return np.float32(min(limit, float(np.finfo(np.float32).max)))
