@@ -282,7 +282,7 @@ class ProcessFederation:
             assert [receipt.round for receipt in receipts] == list(numbers), name
             signed += [receipt.signed for receipt in receipts]
         # Raises if a signature, the chain or two members' receipts of a round are wrong.
-        assert len(verify_receipts(signed, self.owner.roster)) == len(signed)
+        assert len(verify_receipts(signed, [self.owner.roster])) == len(signed)
 
     def sent(self) -> Iterator[tuple[str, int, str, bytes]]:
         """Every signed message that members sent in rounds: (member, round, step, bytes)."""

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from blindsum.client.member_folder import StoredReceipt
+from blindsum.client.member_folder import MemberFolder, StoredReceipt
 from blindsum.crypto.canonical import decode_document, decode_message
-from blindsum.crypto.errors import DocumentError
+from blindsum.crypto.errors import DocumentError, Refused
+from blindsum.crypto.trust import roster as rosters
+from blindsum.crypto.trust.documents import open_document, parse_signed
 from blindsum.crypto.trust.receipt import Receipt, SignedReceipt, verify_receipt
 from blindsum.crypto.trust.roster import Roster
 
@@ -54,13 +56,27 @@ class RoundReceipt:
         return self.receipt.transcript().hex()
 
 
-def verify_receipts(receipts: Sequence[bytes], roster: Roster) -> list[Receipt]:
+def known_rosters(folder: MemberFolder) -> list[Roster]:
+    """Every roster that this member followed, verified, oldest first: in them are those who left since.
+
+    Raises `DocumentError` before the first one.
+    """
+    found = [
+        open_document(parse_signed(data), folder.pin.owner, rosters.KIND, Roster) for data in folder.rosters()
+    ]
+    if not found:
+        raise DocumentError(f"{folder.path} has seen no roster yet; run the member first")
+    return found
+
+
+def verify_receipts(receipts: Sequence[bytes], known: Sequence[Roster]) -> list[Receipt]:
     """The receipts in signed bytes: each signature checked, and that neighbours in time are chained.
 
-    Members that came late, or missed rounds, have gaps in their history; a receipt whose predecessor is
-    here must continue it. Raises `DocumentError` or `Refused` naming the round.
+    `known` are the rosters whose members may have signed, oldest first. Members that came late, or missed
+    rounds, have gaps in their history; a receipt whose predecessor is here must continue it. Raises
+    `DocumentError` or `Refused` naming the round.
     """
-    found = sorted((verify_receipt(data, roster) for data in receipts), key=lambda receipt: receipt.round)
+    found = sorted((_verified(data, known) for data in receipts), key=lambda receipt: receipt.round)
     for receipt in found[1:]:
         if receipt.federation != found[0].federation:
             raise DocumentError("these receipts are of two federations; verify each one's alone")
@@ -74,6 +90,16 @@ def verify_receipts(receipts: Sequence[bytes], roster: Roster) -> list[Receipt]:
         if parent is not None and parent.round >= later.round:
             raise DocumentError(f"the receipt of round {later.round} continues a later one")
     return found
+
+
+def _verified(data: bytes, known: Sequence[Roster]) -> Receipt:
+    problem: DocumentError | Refused = DocumentError("there is no roster to verify receipts with; give one")
+    for roster in reversed(known):
+        try:
+            return verify_receipt(data, roster)
+        except (DocumentError, Refused) as error:
+            problem = error
+    raise problem
 
 
 def gaps(receipts: Sequence[Receipt]) -> list[int]:

@@ -61,3 +61,16 @@ class Policy(Document, frozen=True, kw_only=True):
     def honest_floor(self) -> int:
         """Honest members among which the smallest allowed cohort hides one: n_min - floor(gamma n_min)."""
         return self.n_min - self.gamma * self.n_min // 1000
+
+
+_FLOORS = ("n_min", "gamma", "security", "bits_min", "paillier_bits")
+_CEILINGS = ("n_max", "bits_max", "max_weight_ratio", "max_range_exponent", "seeded_uploads", "split_cohorts")
+_CHOICES = ("schemes", "weightings")
+
+
+def loosened(old: Policy, new: Policy) -> tuple[str, ...]:
+    """Settings by which `new` protects members less than `old`, or allows more: for the owner to see."""
+    weaker = [name for name in _FLOORS if getattr(new, name) < getattr(old, name)]
+    weaker += [name for name in _CEILINGS if getattr(new, name) > getattr(old, name)]
+    weaker += [name for name in _CHOICES if set(getattr(new, name)) - set(getattr(old, name))]
+    return tuple(weaker)
