@@ -2,7 +2,8 @@
 
 Started by `native_workers` with the schemes' factory as its argument. It reads jobs from standard input
 and writes answers to standard output; both are frames of our own: a 4-byte operation, a count, and
-length-prefixed parts. Nothing is unpickled.
+length-prefixed parts. Nothing is unpickled. Memory is limited here, time by the server, sizes and counts on
+both sides of the pipe.
 """
 
 import os
@@ -11,6 +12,7 @@ import struct
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from blindsum.crypto.canonical import decode_document
@@ -23,7 +25,10 @@ from blindsum.crypto.trust.roster import KIND, Roster
 _HEAD = struct.Struct("<4sI")
 _LENGTH = struct.Struct("<Q")
 _MAX_PARTS = 4096
-_MAX_PART = 1 << 30
+_MAX_PART = 1 << 28
+
+MEMORY_BYTES = 1 << 30
+"""Address space of a worker above what it has when it starts; adding a frame takes a few megabytes."""
 
 
 def write_parts(out: BinaryIO, operation: bytes, parts: Sequence[bytes | bytearray | memoryview]) -> None:
@@ -101,9 +106,18 @@ def _serve(schemes: Any, jobs: BinaryIO, answers: BinaryIO) -> None:
             write_parts(answers, b"DONE", [result])
 
 
+def _limit_memory() -> None:
+    """A frame that wants more than `MEMORY_BYTES` ends this process, and nothing else of the machine."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    limit = pages * resource.getpagesize() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
 def main() -> None:
     """Work until standard input ends."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        _limit_memory()
     answers = os.fdopen(os.dup(1), "wb")
     # Whatever a library prints must not get between the answers.
     os.dup2(2, 1)

@@ -1,6 +1,7 @@
-"""A pool of worker processes for frame arithmetic in native libraries (TenSEAL, gmpy2).
+"""A pool of worker processes for frame arithmetic in a native library: paillier's gmpy2.
 
-A worker that dies or takes too long is replaced; the frame it died on is refused, the server stays.
+A worker that dies or takes too long is replaced and its job tried again; a frame that two die on is refused,
+the server stays.
 Calls block: make them from worker threads.
 """
 
@@ -103,23 +104,27 @@ class NativeWorkers:
             raise Refused(RefusalReason.MALFORMED, "the frame isn't valid ciphertext")
         return answer[0]
 
-    def check(self, terms: Terms, index: int, frame: bytes | memoryview) -> None:
-        """`FrameArithmetic.check` in a worker; a frame that it dies on is malformed. Raises `Refused`."""
+    def _call_again(
+        self, terms: Terms, operation: bytes, parts: Sequence[bytes | bytearray | memoryview]
+    ) -> bytes:
+        """`_call`, once more after a death: it may have been an accident, such as a machine out of memory."""
         try:
-            self._call(terms, b"TEST", [index.to_bytes(8, "little"), frame])
+            return self._call(terms, operation, parts)
         except WorkerDied:
-            _log.error("a worker died while checking a frame", frame=index)
+            _log.error("a worker died, its job is tried again", operation=operation.decode())
+            return self._call(terms, operation, parts)
+
+    def check(self, terms: Terms, index: int, frame: bytes | memoryview) -> None:
+        """`FrameArithmetic.check` in a worker; a frame that two die on is malformed. Raises `Refused`."""
+        try:
+            self._call_again(terms, b"TEST", [index.to_bytes(8, "little"), frame])
+        except WorkerDied:
+            _log.error("workers died while checking a frame", frame=index)
             raise Refused(RefusalReason.MALFORMED, f"frame {index} can't be read as ciphertext") from None
 
     def add(self, terms: Terms, index: int, total: bytes | None, frames: Sequence[bytes]) -> bytes:
         """The sum of frame `index` with these contributions. Raises `Refused`, `WorkerDied`."""
-        parts = [index.to_bytes(8, "little"), total or b"", *frames]
-        try:
-            return self._call(terms, b"PLUS", parts)
-        except WorkerDied:
-            # Frames were checked when they came: try once more, the death may have been an accident.
-            _log.error("a worker died while adding, tried again", frame=index)
-            return self._call(terms, b"PLUS", parts)
+        return self._call_again(terms, b"PLUS", [index.to_bytes(8, "little"), total or b"", *frames])
 
     def close(self) -> None:
         """End the processes."""

@@ -144,6 +144,8 @@ class AggregatorCipher(Protocol):
     """The aggregator's side of a scheme: public material only."""
 
     parameters: CipherParameters
+    native: bool
+    """Whether frames reach a native library: then a service does it in processes that may die."""
 
     def check(self, frame: bytes | memoryview) -> None:
         """Raises `Refused` unless the frame is one that `add` accepts."""

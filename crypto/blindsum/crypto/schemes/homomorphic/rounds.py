@@ -468,13 +468,12 @@ class HomomorphicAggregator:
 class HomomorphicArithmetic:
     """The aggregator's arithmetic on ciphertext frames: public material only.
 
-    Frames are parsed by our own strict reader and added in numpy or on Python integers; no native
-    loader ever sees an upload, so it needs no worker process.
+    Frames are parsed by our own strict reader and added in numpy (bfv, ckks) or gmpy2 (paillier); no native
+    loader ever sees an upload.
     """
 
-    native = False
-
     def __init__(self, cipher: AggregatorCipher, layout: BulkLayout) -> None:
+        self.native = cipher.native
         self._cipher = cipher
         self._layout = layout
 
