@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from blindsum.aggregator.server import AggregatorServer
-from blindsum.aggregator.settings import AggregatorSettings, load_settings
+from blindsum.aggregator.settings import AggregatorSettings, load_settings, sample_settings
 from blindsum.aggregator.structured_logs import configure_logs
 from blindsum.crypto.errors import BlindsumError
 
@@ -88,12 +88,18 @@ def serve(
     while_stdin: Annotated[
         bool, typer.Option("--while-stdin", help="Stop when standard input closes: for supervisors.")
     ] = False,
+    print_sample_settings: Annotated[
+        bool, typer.Option("--print-sample-settings", help="Print a commented settings file and exit.")
+    ] = False,
 ) -> None:
     """Run the aggregator until SIGINT or SIGTERM; running uploads may then end, unless a second one comes.
 
     It needs a data directory and the keys of the owners it works for. Every setting can also stand in
     the TOML file or in an environment variable BLINDSUM_<NAME>; options win over both.
     """
+    if print_sample_settings:
+        sys.stdout.write(sample_settings())
+        return
     overrides: dict[str, Any] = {
         "data_dir": data,
         "owners": tuple(owner) if owner else None,

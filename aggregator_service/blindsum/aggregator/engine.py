@@ -29,6 +29,7 @@ from blindsum.aggregator.store.records import (
     DocumentRecord,
     EventRecord,
     FederationRecord,
+    RoundFloorRecord,
     RoundRecord,
 )
 from blindsum.aggregator.store.state import Advance, Append, Change, Insert, Put, StorageFailed
@@ -127,7 +128,8 @@ class FederationEngine:
         """Take up where the stored state is, and go on."""
         self.load_documents()
         newest = self._rounds()
-        self._last_number = newest[-1].number if newest else 0
+        floor = self._around.store.get(RoundFloorRecord, self.federation)
+        self._last_number = max(newest[-1].number if newest else 0, floor.number if floor else 0)
         for row in reversed(newest):
             if row.state == CONCLUDED:
                 break

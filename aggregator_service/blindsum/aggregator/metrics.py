@@ -26,6 +26,7 @@ from blindsum.aggregator.store.records import (
 )
 from blindsum.aggregator.store.state import Advance, Append, Change, Insert, Put
 from blindsum.crypto.errors import RefusalReason
+from cryptography import x509
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -135,10 +136,10 @@ class ServiceMetrics:
         self._refusals = counter("refusals_total", "Calls that were refused, by reason.", "method", "reason")
         self._audit = gauge("audit_events", "Events in the audit.")
         self.audit_broken = gauge("audit_broken", "1 if the audit's chain didn't hold when last checked.")
-        self.certificate_until = gauge(
+        self._certificate_until = gauge(
             "server_certificate_not_after_timestamp_seconds", "When the listeners' certificate expires."
         )
-        self.authority_until = gauge(
+        self._authority_until = gauge(
             "transport_authority_not_after_timestamp_seconds", "When the transport authority expires."
         )
         self._tally: dict[bytes, Tally[str]] = {}
@@ -243,10 +244,6 @@ class ServiceMetrics:
         """A call was refused. Who called, and what was said, is no metric: it is in the log."""
         self._refusals.labels(method, reason.value).inc()
 
-    def deferred(self) -> None:
-        """An upload was told to ask again."""
-        self._deferred.inc()
-
     # What is shown
 
     def disk_usage(self) -> None:
@@ -256,9 +253,15 @@ class ServiceMetrics:
             usage[room] = sum(self._blobs.size(name) or 0 for name in self._blobs.names(room))
         self._blobs_usage = usage
 
-    def text(self, slots_taken: int) -> bytes:
+    def certificates(self, server: bytes, authority: bytes) -> None:
+        """The certificates (PEM) that the listeners show."""
+        for gauge, pem in ((self._certificate_until, server), (self._authority_until, authority)):
+            gauge.set(x509.load_pem_x509_certificate(pem).not_valid_after_utc.timestamp())
+
+    def text(self, slots_taken: int, audit_events: int) -> bytes:
         """Everything in Prometheus' text format, with gauges as they are now."""
         self._slots_taken.set(slots_taken)
+        self._audit.set(audit_events)
         self._commits.set(self._store.in_flight)
         self._storage_failures.inc(self._store.failures - self._failures_seen)
         self._failures_seen = self._store.failures

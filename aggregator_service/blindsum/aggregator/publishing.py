@@ -130,6 +130,9 @@ class Publication:
             if join is None:
                 raise _refuse("a refusal names no request that is waiting")
             draft.changes.append(Put(replace(join, refusal=refusal.reason)))
+            draft.changes.append(
+                event(self._now_ms, federation, "join refused", member=join.member, reason=refusal.reason)
+            )
             return
         if signed.kind == policies.KIND:
             policy = open_document(signed, owner, policies.KIND, Policy)
@@ -147,6 +150,7 @@ class Publication:
             _require_valid("roster", roster.valid_until, now)
             for key in roster.he_keys:
                 self._he_public(key.digest)
+            self._record_members(draft.documents.roster, roster)
             draft.documents = replace(draft.documents, roster=roster, roster_digest=digest)
             draft.record = replace(draft.record, roster=digest, roster_version=roster.version)
         else:
@@ -160,6 +164,23 @@ class Publication:
             draft.documents = replace(draft.documents, plan=plan, plan_digest=digest)
             draft.record = replace(draft.record, plan=digest, plan_version=plan.version)
         draft.changes.append(Put(DocumentRecord(federation, digest, signed.kind, signed.to_bytes())))
+
+    def _record_members(self, before: Roster | None, after: Roster) -> None:
+        """Who came in and who went, for the audit, with the identity keys that the owner signed."""
+        old = {entry.id: entry.identity for entry in before.members} if before is not None else {}
+        new = {entry.id: entry.identity for entry in after.members}
+        for kind, one, other in (("members admitted", new, old), ("members removed", old, new)):
+            changed = {name: key.hex() for name, key in one.items() if other.get(name) != key}
+            if changed:
+                self._draft.changes.append(
+                    event(
+                        self._now_ms,
+                        after.federation,
+                        kind,
+                        roster=after.version,
+                        identities=changed,
+                    )
+                )
 
     def _require_own(self, federation: bytes) -> None:
         if federation != self._draft.record.federation:

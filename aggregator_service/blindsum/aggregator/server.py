@@ -11,27 +11,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from blindsum.aggregator.audit import AuditedCalls, AuditReport, head_of, verify
 from blindsum.aggregator.capture import CaptureInterceptor
 from blindsum.aggregator.clock import Clock, SystemClock
 from blindsum.aggregator.engine import FederationEngine
 from blindsum.aggregator.enrolment_service import EnrolmentService
 from blindsum.aggregator.forwarded_examples import ExampleService
-from blindsum.aggregator.ingest import Ingest
-from blindsum.aggregator.memory_allocator import keep_large_buffers
+from blindsum.aggregator.ingest import TRANSPORT_OPTIONS, Ingest
+from blindsum.aggregator.memory_allocator import keep_large_buffers, settle_collector
 from blindsum.aggregator.metrics import ServiceMetrics
 from blindsum.aggregator.native_workers import NativeWorkers
 from blindsum.aggregator.observed_state import ObservedState
 from blindsum.aggregator.peer_identity import PeerCheck
 from blindsum.aggregator.published_models import ModelService
 from blindsum.aggregator.readiness import Readiness
+from blindsum.aggregator.retention import Retention
 from blindsum.aggregator.round_run import Surroundings
 from blindsum.aggregator.round_service import RoundService
 from blindsum.aggregator.settings import AggregatorSettings
 from blindsum.aggregator.store.file_blobs import FileBlobs
 from blindsum.aggregator.store.records import FederationRecord
+from blindsum.aggregator.store.sqlite_reader import SqliteReader
 from blindsum.aggregator.store.sqlite_state import SqliteState
 from blindsum.aggregator.store.state import StorageFailed
 from blindsum.aggregator.structured_logs import logger
+from blindsum.aggregator.tracing import tracing_interceptor
 from blindsum.aggregator.transport_authority import TransportAuthority
 from blindsum.aggregator.wire_handlers import strict_handler
 from blindsum.crypto.errors import BlindsumError
@@ -57,7 +61,8 @@ class AggregatorServer:
     """A standalone aggregator. `start` binds and recovers; `stop` drains and closes.
 
     `schemes` and `scheme_factory` (the same callable as `module:attribute`, for worker processes) are
-    the registry's unless a test brings its own.
+    the registry's unless a test brings its own. With `settings.tracing`, spans go to `tracer_provider`
+    (OpenTelemetry's), by default the process's own.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class AggregatorServer:
         clock: Clock | None = None,
         schemes: Callable[[str], Scheme] = registered_scheme,
         scheme_factory: str = _REGISTRY,
+        tracer_provider: Any = None,
     ) -> None:
         self.settings = settings
         self.engines: dict[bytes, FederationEngine] = {}
@@ -77,6 +83,7 @@ class AggregatorServer:
         self._clock = clock or SystemClock()
         self._schemes = schemes
         self._scheme_factory = scheme_factory
+        self._tracer_provider = tracer_provider
         self._interceptors: list[grpc.aio.ServerInterceptor] = []
         self._servers: list[grpc.aio.Server] = []
         self._health = HealthServicer()
@@ -127,6 +134,9 @@ class AggregatorServer:
         )
         self.metrics = ServiceMetrics(settings, self._clock, self.observed, self.blobs, self.engines)
         await self._in_thread(self.metrics.count_stored)
+        self.retention = Retention(
+            settings, self._clock, self.observed, self.blobs, self.engines, self._executor
+        )
         for record in self.store.find(FederationRecord):
             await self._add_federation(record)
         if settings.capture_directory is not None:
@@ -134,7 +144,11 @@ class AggregatorServer:
                 "every message is recorded: this fills the disk", directory=str(settings.capture_directory)
             )
             self._interceptors.append(CaptureInterceptor(settings.capture_directory))
+        if settings.tracing:
+            self._interceptors.append(tracing_interceptor(self._tracer_provider))
+        self._calls = AuditedCalls(self.observed, self._clock, self.metrics)
         self._peer_check = PeerCheck(self.store, self, self._clock)
+        settle_collector()
         await self._listen()
         await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
         if settings.admin_port is not None:
@@ -149,7 +163,10 @@ class AggregatorServer:
             member_port=self.member_port,
             admin_port=self.admin_port,
             federations=len(self.engines),
+            audit_head=str(head_of(self.store)),
         )
+        self._keep_running(self._check_audit())
+        self._keep_running(self.retention.keep_sweeping(settings.retention_seconds))
 
     # What operators see
 
@@ -175,7 +192,24 @@ class AggregatorServer:
         """The metrics in Prometheus' text format."""
         with contextlib.suppress(StorageFailed):
             await self._in_thread(self.metrics.disk_usage)
-        return self.metrics.text(self._ingest.slots_taken)
+        return self.metrics.text(self._ingest.slots_taken, head_of(self.store).sequence)
+
+    async def _check_audit(self) -> None:
+        """Once after the start; it takes its time when there are many events."""
+        found: list[AuditReport] = []
+
+        def check() -> None:
+            with SqliteReader(self.settings.data_dir / "state.sqlite") as reader:
+                found.append(verify(reader))
+
+        try:
+            await self._in_thread(check)
+        except StorageFailed as error:
+            self._log.error("the audit can't be checked", text=str(error))
+            return
+        self.metrics.audit_broken.set(not found[0].holds)
+        if not found[0].holds:
+            self._log.error("the audit was tampered with", place=found[0].broken_at, text=found[0].reason)
 
     def _readiness_changed(self, ready: bool) -> None:
         # Health streams are told in order: each news waits for the one before.
@@ -226,6 +260,7 @@ class AggregatorServer:
         key, chain = self._authority.server_certificate(
             settings.server_names, settings.server_certificate_days
         )
+        self.metrics.certificates(chain, self._authority.pem)
         anyone = grpc.ssl_server_credentials([(key, chain)])
         members = grpc.ssl_server_credentials(
             [(key, chain)], root_certificates=self._authority.pem, require_client_auth=True
@@ -262,7 +297,7 @@ class AggregatorServer:
                     enrolment_pb2.DESCRIPTOR.services_by_name["EnrolmentService"],
                     enrolment,
                     lambda _: None,
-                    self.metrics,
+                    self._calls,
                 )
             ],
             anyone,
@@ -272,7 +307,7 @@ class AggregatorServer:
         )
         self.member_port = await self._serve(
             [
-                strict_handler(descriptor, service, self._peer_check, self.metrics)
+                strict_handler(descriptor, service, self._peer_check, self._calls)
                 for descriptor, service in for_members.items()
             ],
             members,
@@ -291,6 +326,7 @@ class AggregatorServer:
                 ("grpc.max_concurrent_streams", 64),
                 # One process owns the port: a second server by mistake must fail, not share it.
                 ("grpc.so_reuseport", 0),
+                *TRANSPORT_OPTIONS,
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
@@ -331,8 +367,11 @@ class AggregatorServer:
         for engine in self.engines.values():
             engine.end_watches()
         self._ingest.close()
+        for engine in self.engines.values():
+            await engine.stop()
+        head = str(head_of(self.store))
         await self._close(grace)
-        self._log.info("stopped")
+        self._log.info("stopped", audit_head=head)
 
     async def _drain(self, seconds: float, hurry: asyncio.Event) -> None:
         waiting = {asyncio.create_task(self._ingest.drain()), asyncio.create_task(hurry.wait())}

@@ -6,6 +6,7 @@ Unknown names and unsafe values are refused with the reason, before anything is 
 import ipaddress
 import os
 import tomllib
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +164,7 @@ def load_settings(file: Path | None = None, **overrides: Any) -> AggregatorSetti
 
     Raises `SettingsRefused` naming each setting at fault.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise SettingsRefused(f"{file}: can't be read as TOML: {error}") from None
+    values = _read(file)
     unknown = sorted(set(values) | set(overrides))
     unknown = [name for name in unknown if name not in AggregatorSettings.model_fields]
     unknown += _unknown_environment()
@@ -185,6 +181,31 @@ def load_settings(file: Path | None = None, **overrides: Any) -> AggregatorSetti
             place = ".".join(str(part) for part in problem["loc"]) or "settings"
             lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}")
         raise SettingsRefused("; ".join(lines)) from None
+
+
+def data_directory(file: Path | None, data: Path | None) -> Path:
+    """The data directory that an option, the environment or a settings file names.
+
+    For commands that need nothing else: the other settings aren't looked at. Raises `SettingsRefused`.
+    """
+    named = data or _environment().get("BLINDSUM_DATA_DIR") or _read(file).get("data_dir")
+    if not isinstance(named, (str, Path)) or not named:
+        raise SettingsRefused("name the server's data directory with --data, or its settings with --config")
+    return Path(named)
+
+
+def _read(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsRefused(f"{file}: can't be read as TOML: {error}") from None
+
+
+def sample_settings() -> str:
+    """A commented settings file with every setting and its default."""
+    return resources.files("blindsum.aggregator").joinpath("sample_settings.toml").read_text("utf-8")
 
 
 def _environment() -> dict[str, str]:

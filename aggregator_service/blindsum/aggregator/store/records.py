@@ -275,6 +275,25 @@ class EventRecord(Record):
 
 
 @dataclass(frozen=True)
+class AuditHeadRecord(Record):
+    """Where the audit ends, moved with every event: without it, nobody would miss its last lines."""
+
+    KEY = ("name",)
+    name: str
+    sequence: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class RoundFloorRecord(Record):
+    """Rounds of a restored federation start above this number: lower ones may have run after the backup."""
+
+    KEY = ("federation",)
+    federation: bytes
+    number: int
+
+
+@dataclass(frozen=True)
 class ProbeRecord(Record):
     """Written again and again to find out whether the state can be written."""
 
@@ -302,5 +321,7 @@ TABLES: tuple[type[Record], ...] = (
     ExampleRecord,
     ModelRecord,
     EventRecord,
+    AuditHeadRecord,
+    RoundFloorRecord,
     ProbeRecord,
 )

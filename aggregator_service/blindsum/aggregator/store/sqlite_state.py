@@ -15,8 +15,9 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from blindsum.aggregator.store.records import TABLES, Record
+from blindsum.aggregator.store.records import TABLES, AuditHeadRecord, Record
 from blindsum.aggregator.store.state import (
+    AUDIT,
     Advance,
     Append,
     Change,
@@ -127,13 +128,18 @@ class SqliteState:
         """Committed records whose fields equal these, in order of their key."""
         return self._select(kind, tuple(equal), tuple(equal.values()))
 
+    def newest(self, kind: type[R], count: int, **equal: bytes | str | int) -> list[R]:
+        """The last so many of the committed records whose fields equal these, last first."""
+        last_first = f"{', '.join(f'{name} DESC' for name in kind.KEY)} LIMIT {count:d}"
+        return self._select(kind, tuple(equal), tuple(equal.values()), last_first)
+
     def _select(
-        self, kind: type[R], names: tuple[str, ...], values: tuple[bytes | str | int, ...]
+        self, kind: type[R], names: tuple[str, ...], values: tuple[bytes | str | int, ...], order: str = ""
     ) -> list[R]:
         # Table and column names come from the record classes, values are bound.
         sql = (
             f"SELECT {', '.join(_columns(kind))} FROM {_table(kind)} "  # noqa: S608
-            f"WHERE {_where(names)} ORDER BY {', '.join(kind.KEY)}"
+            f"WHERE {_where(names)} ORDER BY {order or ', '.join(kind.KEY)}"
         )
         try:
             with self._read_lock:
@@ -215,7 +221,9 @@ class SqliteState:
                 "SELECT sequence, digest FROM event ORDER BY sequence DESC LIMIT 1"
             ).fetchone()
             sequence, previous = row or (0, b"")
-            self._store("INSERT", chained(change.event, sequence + 1, previous))
+            event = chained(change.event, sequence + 1, previous)
+            self._store("INSERT", event)
+            self._store("INSERT OR REPLACE", AuditHeadRecord(AUDIT, event.sequence, event.digest))
         elif isinstance(change, Delete):
             names = tuple(name for name, _ in change.where)
             self._writer.execute(

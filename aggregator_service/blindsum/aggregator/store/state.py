@@ -2,14 +2,18 @@
 
 import hashlib
 from asyncio import Future
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from blindsum.aggregator.store.records import EventRecord, Record
+from blindsum.aggregator.store.records import AuditHeadRecord, EventRecord, Record
 from blindsum.crypto.errors import BlindsumError
 from blindsum.crypto.primitives.derivation import labelled
 
 R = TypeVar("R", bound=Record)
+
+AUDIT = "audit"
+"""The name of the audit's head."""
 
 
 class StorageFailed(BlindsumError):
@@ -74,6 +78,9 @@ class StateStore(Protocol):
     def find(self, kind: type[R], **equal: bytes | str | int) -> list[R]:
         """Committed records whose fields equal these, in order of their key."""
 
+    def newest(self, kind: type[R], count: int, **equal: bytes | str | int) -> list[R]:
+        """The last so many of them, last first."""
+
     def close(self) -> None:
         """Finish what was submitted, then close."""
 
@@ -104,9 +111,26 @@ def chained(event: EventRecord, sequence: int, previous: bytes) -> EventRecord:
 
 def broken_link(store: StateStore) -> int | None:
     """The sequence number of the first audit event that doesn't continue the chain, or None."""
-    previous = b""
-    for position, event in enumerate(store.find(EventRecord), start=1):
-        if event.sequence != position or chained(event, position, previous) != event:
-            return position
-        previous = event.digest
+    broken = first_break(store.find(EventRecord), store.get(AuditHeadRecord, AUDIT))
+    return None if broken is None else broken[0]
+
+
+def first_break(events: Iterable[EventRecord], head: AuditHeadRecord | None) -> tuple[int, str] | None:
+    """Where the audit was tampered with first (a sequence number), and how it shows; None if it holds."""
+    previous, last = b"", 0
+    for position, event in enumerate(events, start=1):
+        if event.sequence != position:
+            return position, f"event {position} is missing"
+        expected = chained(event, position, previous)
+        if event.previous != previous:
+            return position, f"event {position} doesn't continue event {position - 1}"
+        if expected != event:
+            return position, f"event {position} isn't what was written"
+        previous, last = event.digest, position
+    if head is None:
+        return None if last == 0 else (last, "the audit's head is gone")
+    if head.sequence != last:
+        return min(last, head.sequence) + 1, f"the audit ends at event {last}, its head says {head.sequence}"
+    if head.digest != previous:
+        return last, f"event {last} isn't the one that the audit's head names"
     return None
