@@ -7,7 +7,7 @@
 
 PY ?= python3
 VENV ?= .venv
-EXTRAS ?= cli,torch,he,paillier,server,otel,demo,lightning,dev
+EXTRAS ?= cli,torch,he,paillier,server,otel,demo,lightning,edge,optimize,dicom,dev
 JOBS ?= auto
 ARGS ?=
 

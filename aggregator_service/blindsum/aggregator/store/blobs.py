@@ -9,7 +9,7 @@ from typing import Protocol
 
 Data = bytes | bytearray | memoryview
 
-ROOMS = ("spool", "contribution", "sum", "result", "checkpoint")
+ROOMS = ("spool", "contribution", "sum", "result", "checkpoint", "example", "model")
 
 
 class Reader(Protocol):
@@ -55,7 +55,10 @@ class BlobStore(Protocol):
         """Make these bytes durable under `name`."""
 
     def open(self, name: str, once: bool = False) -> AbstractContextManager[Reader]:
-        """The blob for reading; `once`: nobody will read it again soon. `StorageFailed` if there is none."""
+        """The blob for reading; `once`: by one thread, from front to back, and by nobody else soon.
+
+        Raises `StorageFailed` when there is none.
+        """
 
     def size(self, name: str) -> int | None:
         """Bytes of the blob, or None."""
