@@ -24,7 +24,7 @@ from blindsum.crypto.errors import BlindsumError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -101,6 +101,9 @@ class _RequireCredentials:
             connection = HTTPConnection(scope)
             path = connection.url.path
             if path not in self._open_paths and not self._credentials.admits(connection):
+                if "text/html" in connection.headers.get("accept", "") and scope["method"] == "GET":
+                    await RedirectResponse("/login", 303)(scope, receive, send)
+                    return
                 refusal: Response = PlainTextResponse(
                     "the admin token is needed: see the file admin.token in the server's data directory\n",
                     401,

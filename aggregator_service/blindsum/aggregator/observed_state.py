@@ -68,6 +68,10 @@ class ObservedState:
         """Committed records whose fields equal these, in order of their key."""
         return self._inner.find(kind, **equal)
 
+    def newest(self, kind: type[R], count: int, **equal: bytes | str | int) -> list[R]:
+        """The last so many of them, last first."""
+        return self._inner.newest(kind, count, **equal)
+
     def close(self) -> None:
         """Finish what was submitted, then close."""
         self._inner.close()

@@ -22,6 +22,7 @@ from blindsum.aggregator.memory_allocator import keep_large_buffers, settle_coll
 from blindsum.aggregator.metrics import ServiceMetrics
 from blindsum.aggregator.native_workers import NativeWorkers
 from blindsum.aggregator.observed_state import ObservedState
+from blindsum.aggregator.operator_pages.recent_refusals import RecentRefusals
 from blindsum.aggregator.peer_identity import PeerCheck
 from blindsum.aggregator.published_models import ModelService
 from blindsum.aggregator.readiness import Readiness
@@ -133,6 +134,7 @@ class AggregatorServer:
             self.observed, self.blobs, self._clock, self._executor, self._readiness_changed
         )
         self.metrics = ServiceMetrics(settings, self._clock, self.observed, self.blobs, self.engines)
+        self.refusals = RecentRefusals(self.metrics, self._clock)
         await self._in_thread(self.metrics.count_stored)
         self.retention = Retention(
             settings, self._clock, self.observed, self.blobs, self.engines, self._executor
@@ -146,7 +148,7 @@ class AggregatorServer:
             self._interceptors.append(CaptureInterceptor(settings.capture_directory))
         if settings.tracing:
             self._interceptors.append(tracing_interceptor(self._tracer_provider))
-        self._calls = AuditedCalls(self.observed, self._clock, self.metrics)
+        self._calls = AuditedCalls(self.observed, self._clock, self.refusals)
         self._peer_check = PeerCheck(self.store, self, self._clock)
         settle_collector()
         await self._listen()
@@ -177,12 +179,18 @@ class AggregatorServer:
             AdminServer,
             admin_app,
         )
+        from blindsum.aggregator.operator_pages.routes import OPEN_PATHS, OperatorPages  # noqa: PLC0415
 
         settings = self.settings
         credentials = AdminCredentials.from_file(
             settings.admin_token_file or settings.data_dir / "admin.token"
         )
-        app = admin_app(credentials, lambda: (self.readiness.ready, self.readiness.checks), self.exposition)
+
+        def readiness() -> tuple[bool, dict[str, str]]:
+            return self.readiness.ready, self.readiness.checks
+
+        pages = OperatorPages(credentials, self.engines, self.observed, self.refusals, readiness, self._clock)
+        app = admin_app(credentials, readiness, self.exposition, pages.routes, OPEN_PATHS)
         admin = AdminServer(app, settings.admin_host, port)
         await admin.start()
         self._admin = admin
