@@ -30,6 +30,7 @@ from typing import Any
 from unittest import mock
 
 import grpc
+import msgspec
 import numpy as np
 from blindsum.aggregator import server as server_module
 from blindsum.aggregator.folding import contribution_name, result_name, sum_name
@@ -520,7 +521,8 @@ class World:
         self.dies_in = -1
         self.full = False
         self._cuts = itertools.count(1)
-        self._stack = contextlib.ExitStack()
+        self._versions = itertools.count(2)
+        self._to_publish: list[Callable[[], None]] = []
         self._recording = contextlib.ExitStack()
         self.loop = asyncio.new_event_loop()
         self.server: LoopbackServer = None  # type: ignore[assignment]
@@ -609,8 +611,16 @@ class World:
             mock.patch.object(server_module, "ThreadPoolExecutor", SameThread),
             mock.patch.object(server_module, "SqliteState", SameThreadState),
         ):
-            self.run(self.server.start())
-        self.dies_in = -1
+            try:
+                self.run(self.server.start())
+            except (BlindsumError, OSError):
+                if not (self.dead or self.full):
+                    raise
+                self.dead = True
+        if self.dead:
+            # It died while it started, or refused to.
+            self.kill()
+            return
         self.check_store()
         for member in self.members:
             if member.name not in self.revoked:
@@ -619,6 +629,7 @@ class World:
 
     def kill(self) -> None:
         """SIGKILL: nothing more happens in the server, and nothing more is written."""
+        self.dies_in = -1
         if self.server is None:
             return
         server, self.dead = self.server, True
@@ -636,7 +647,6 @@ class World:
         self.server = None  # type: ignore[assignment]
         self.loop.close()
         self.loop = asyncio.new_event_loop()
-        self.dies_in = -1
         for member in self.members:
             member.watching = False
             member.latest = None
@@ -964,25 +974,34 @@ class World:
             return
         gone = names[which % len(names)]
         self.revoked.add(gone)
-        # A call that brings no answer is made again, with the very same bytes.
         document, envelopes = self.owner.make_roster([name for name in names if name != gone])
         assert self.owner.roster is not None
         self.rosters[self.owner.roster_digest] = (self.owner.roster, self.owner.group_key)
-        self._publication = (document, envelopes)
-        self.republish()
+        self._to_publish.append(lambda: self.owner.publish([document], envelopes))
+        self.publish()
 
-    _publication: tuple[bytes, list[bytes]] | None = None
+    def sign_plan_anew(self) -> None:
+        """The owner goes on with a new version of the plan: after a removal, under the new group key."""
+        assert self.owner.plan is not None
+        version = next(self._versions)
+        state = hashlib.sha256(b"first state" + version.to_bytes(2, "little")).digest()
+        plan = msgspec.structs.replace(self.owner.plan, version=version, initial_state=state)
+        self._to_publish.append(lambda: self.owner.publish_plan(plan))
+        self.publish()
 
-    def republish(self) -> None:
-        """The owner publishes what hasn't been confirmed yet."""
-        if self._publication is None or not self.alive:
-            return
-        document, envelopes = self._publication
-        with contextlib.suppress(CallRefused, asyncio.CancelledError):
-            self.owner.publish([document], envelopes)
+    def publish(self) -> None:
+        """A call of the owner's that brought no answer is made again, with the very same bytes."""
+        while self._to_publish and self.alive:
+            try:
+                self._to_publish[0]()
+            except CallRefused as refused:
+                if refused.code is not grpc.StatusCode.UNAVAILABLE:
+                    raise Broken(f"the owner's call was refused: {refused}") from None
+                return
+            finally:
+                self._bury()
             if self.alive:
-                self._publication = None
-        self._bury()
+                self._to_publish.pop(0)
 
     # Faults stop
 
@@ -992,7 +1011,7 @@ class World:
         self.dies_in = -1
         self.delayed.clear()
         self.restart()
-        self.republish()
+        self.publish()
         for member in self.members:
             member.faults.clear()
         engine = self.server.engines[self.owner.federation]
@@ -1003,10 +1022,17 @@ class World:
         limit = self.clock.ms + 2 * everything + 10_000
         self._go_on(lambda: engine.run is None or engine.run.number > first or _over(engine.run), limit)
         limit = self.clock.ms + 3 * everything + 60_000
-        assert engine.state is not None
-        before = engine.state.state_round
-        self._go_on(lambda: engine.state is not None and engine.state.state_round > before, limit)
+        newest = engine.state
+        assert newest is not None
+        if newest.roster and newest.roster != self.owner.roster_digest:
+            self.sign_plan_anew()
+        before = self._concluded()
+        self._go_on(lambda: self._concluded() > before, limit)
         self.check_store()
+
+    def _concluded(self) -> int:
+        found = self.server.store.find(RoundRecord, federation=self.owner.federation, state="concluded")
+        return len(found)
 
     def _go_on(self, done: Callable[[], bool], limit: int) -> None:
         while not done():
@@ -1059,7 +1085,7 @@ class Template:
 @cache
 def template() -> Template:
     """A federation with a plan of many rounds, whose first round is open."""
-    folder = Path(tempfile.mkdtemp(prefix="blindsum-world-"))
+    folder = Path(tempfile.mkdtemp(prefix="reliability-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     world = World(folder)
     made = world.found()

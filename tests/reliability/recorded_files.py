@@ -459,6 +459,9 @@ def _code(error: OSError, otherwise: int) -> int:
     return _FULL if error.errno == errno.ENOSPC else otherwise
 
 
+_shims: list["_SqliteShim"] = []
+
+
 class _SqliteShim:
     """SQLite's own VFS with its changes of files recorded."""
 
@@ -476,6 +479,8 @@ class _SqliteShim:
         self._vfs.delete = ctypes.cast(self._callbacks[1], ctypes.c_void_p)
         self._methods: dict[int, _Methods] = {}
         self._real: dict[int, _Methods] = {}
+        # A connection that nobody closed may call these when it is collected, long after the recording.
+        _shims.append(self)
         self._mine = (_CLOSE(self._close), _WRITE(self._write), _TRUNCATE(self._truncate), _SYNC(self._sync))
 
     def install(self) -> None:

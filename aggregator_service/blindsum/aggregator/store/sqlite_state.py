@@ -74,15 +74,18 @@ class SqliteState:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._writer = self._connect()
-            self._writer.execute("PRAGMA journal_mode=WAL")
-            self._prepare()
-            self._reader = self._connect()
-        except sqlite3.Error as error:
-            raise StorageFailed(
-                f"the state in {path.name} can't be opened: {error}; check the disk and its permissions"
-            ) from error
+        with contextlib.ExitStack() as opened:
+            try:
+                self._writer = self._connect()
+                opened.callback(self._writer.close)
+                self._writer.execute("PRAGMA journal_mode=WAL")
+                self._prepare()
+                self._reader = self._connect()
+            except sqlite3.Error as error:
+                raise StorageFailed(
+                    f"the state in {path.name} can't be opened: {error}; check the disk and its permissions"
+                ) from error
+            opened.pop_all()
         self._read_lock = threading.Lock()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.groups = 0
