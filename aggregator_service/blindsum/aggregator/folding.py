@@ -295,7 +295,10 @@ class Folder:
 
     def _sum_frame(self, reader: Reader, index: int) -> bytes:
         assert self._sum is not None
-        frame = reader.read(index * self._layout.sum_frame, self._layout.sum_bytes(index))
+        try:
+            frame = reader.read(index * self._layout.sum_frame, self._layout.sum_bytes(index))
+        except StorageFailed as error:
+            raise StoredDamage("the stored sum is cut short") from error
         if frame_digest(frame) != self._sum.frames[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]:
             raise StoredDamage(f"the stored sum is damaged in frame {index}")
         return frame
@@ -310,6 +313,9 @@ class Folder:
                     raise StoredDamage(f"frame {index} of the published sum has {len(frame)} bytes")
                 yield frame
 
-        with self._blobs.open(sum_name(self._federation, self._number, self._generation)) as reader:
+        name = sum_name(self._federation, self._number, self._generation)
+        if self._blobs.size(name) is None:
+            raise StoredDamage("the stored sum is gone")
+        with self._blobs.open(name) as reader:
             self._blobs.write(result_name(self._federation, self._number), finished())
         return self._layout.result_total
