@@ -4,6 +4,7 @@ Measured on bulk ingest: page faults, not arithmetic, are what an aggregator in 
 """
 
 import ctypes
+import gc
 import sys
 
 _M_TRIM_THRESHOLD = -1
@@ -26,3 +27,14 @@ def keep_large_buffers(mmap_threshold: int = 64 << 20, trim_threshold: int = 256
     # glibc caps the mmap threshold at 32 MiB on 64-bit machines when a larger value is refused.
     mapped = mallopt(_M_MMAP_THRESHOLD, mmap_threshold) or mallopt(_M_MMAP_THRESHOLD, 32 << 20)
     return bool(mapped and mallopt(_M_TRIM_THRESHOLD, trim_threshold))
+
+
+def settle_collector() -> None:
+    """Leave what is loaded by now out of every later collection, and collect less often.
+
+    A call makes some dozens of objects that refer to each other; looking for cycles among all modules after
+    every few calls costs more than the calls.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)

@@ -377,7 +377,9 @@ class AggregatorServer:
         self._ingest.close()
         for engine in self.engines.values():
             await engine.stop()
-        head = str(head_of(self.store))
+        head = ""
+        with contextlib.suppress(StorageFailed):
+            head = str(head_of(self.store))
         await self._close(grace)
         self._log.info("stopped", audit_head=head)
 

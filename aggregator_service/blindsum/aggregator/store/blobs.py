@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from blindsum.aggregator.store.stages import Stage
+
 Data = bytes | bytearray | memoryview
 
 ROOMS = ("spool", "contribution", "sum", "result", "checkpoint", "example", "model")
@@ -28,6 +30,9 @@ class Spool(Protocol):
 
     def append(self, *parts: Data) -> None:
         """Write behind what is there, all or nothing. Raises `StorageFailed`."""
+
+    def write(self, stage: Stage) -> None:
+        """Write a stage, whose `begin` is `size` modulo `BLOCK`, behind what is there, all or nothing."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes of what is there."""

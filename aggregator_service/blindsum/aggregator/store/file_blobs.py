@@ -6,20 +6,17 @@ needed again.
 """
 
 import contextlib
-import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from blindsum.aggregator.store.blobs import ROOMS, Data, Spool
+from blindsum.aggregator.store.stages import BLOCK, Stage
 from blindsum.aggregator.store.state import StorageFailed
 
 _ASIDE = ".aside"
-_BLOCK = 4096
-_STAGE_BYTES = 512 * 1024
 _LEAST_DIRECT = 64 * 1024
-_IDLE_STAGES = 16
 
 
 @contextlib.contextmanager
@@ -38,32 +35,6 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-class _Stages:
-    """Page-aligned buffers, as O_DIRECT wants them; used again, for a fresh one has to be faulted in."""
-
-    def __init__(self) -> None:
-        self._idle: list[mmap.mmap] = []
-
-    @contextlib.contextmanager
-    def borrow(self) -> Iterator[memoryview]:
-        """A buffer of `_STAGE_BYTES` for one thread."""
-        try:
-            stage = self._idle.pop()
-        except IndexError:
-            stage = mmap.mmap(-1, _STAGE_BYTES)
-        try:
-            with memoryview(stage) as view:
-                yield view
-        finally:
-            if len(self._idle) < _IDLE_STAGES:
-                self._idle.append(stage)
-            else:
-                stage.close()
-
-
-_stages = _Stages()
 
 
 def _open_direct(path: Path, flags: int) -> int | None:
@@ -85,24 +56,37 @@ def _read_exactly(handle: int, offset: int, length: int) -> bytes:
 
 
 class FileReader:
-    """An open blob file; `direct` is a second descriptor around the page cache, if any."""
+    """An open blob file."""
 
-    def __init__(self, handle: int, direct: int | None = None) -> None:
+    def __init__(self, handle: int) -> None:
         self._handle = handle
-        self._direct = direct
         self.size = os.fstat(handle).st_size
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`."""
         with _disk("reading a blob"):
-            whole = -(-length // _BLOCK) * _BLOCK
-            if self._direct is None or offset % _BLOCK or not _LEAST_DIRECT <= whole <= _STAGE_BYTES:
-                return _read_exactly(self._handle, offset, length)
-            with _stages.borrow() as stage:
-                if os.preadv(self._direct, [stage[:whole]], offset) < length:
-                    # Short for a reason that the plain way handles, or names.
-                    return _read_exactly(self._handle, offset, length)
-                return bytes(stage[:length])
+            return _read_exactly(self._handle, offset, length)
+
+
+class OnceReader(FileReader):
+    """A blob file that is read from front to back, by one thread, a stage ahead, around the page cache."""
+
+    def __init__(self, handle: int, direct: int, stage: memoryview) -> None:
+        super().__init__(handle)
+        self._direct = direct
+        self._stage = stage
+        self._start = self._end = 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`."""
+        if offset < self._start or offset + length > self._end:
+            with _disk("reading a blob"):
+                self._start = offset // BLOCK * BLOCK
+                self._end = self._start + os.preadv(self._direct, [self._stage], self._start)
+        if offset + length > self._end:
+            # Longer than the stage, or cut short.
+            return super().read(offset, length)
+        return bytes(self._stage[offset - self._start : offset + length - self._start])
 
 
 class FileSpool:
@@ -118,40 +102,47 @@ class FileSpool:
 
     def append(self, *parts: Data) -> None:
         """Write behind what is there, all or nothing."""
+        stage = Stage(self.size % BLOCK)
+        try:
+            with self._all_or_nothing():
+                for part in parts:
+                    view = memoryview(part).cast("B")
+                    while view.nbytes:
+                        view = stage.put(view)
+                        if stage.full:
+                            self._write_out(stage)
+                            stage.begin = stage.end = 0
+                self._write_out(stage)
+        finally:
+            stage.release()
+
+    def write(self, stage: Stage) -> None:
+        """Write a stage behind what is there, all or nothing."""
+        with self._all_or_nothing():
+            self._write_out(stage)
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """So that whoever appends knows what is there."""
         start = self.size
         with _disk("writing an upload"):
             try:
-                with _stages.borrow() as stage:
-                    self._write_staged(stage, parts)
+                yield
             except OSError:
-                # All or nothing, so that whoever appends knows what is there.
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._handle, start)
                     self.size = start
                 raise
 
-    def _write_staged(self, stage: memoryview, parts: Iterable[Data]) -> None:
-        # A byte of the file lies in the stage at its place in its block, so that whole blocks are aligned.
-        begin = end = self.size % _BLOCK
-        for part in parts:
-            view = memoryview(part).cast("B")
-            while view.nbytes:
-                count = min(view.nbytes, _STAGE_BYTES - end)
-                stage[end : end + count] = view[:count]
-                view, end = view[count:], end + count
-                if end == _STAGE_BYTES:
-                    self._write_out(stage, begin, end)
-                    begin = end = 0
-        self._write_out(stage, begin, end)
-
-    def _write_out(self, stage: memoryview, begin: int, end: int) -> None:
-        first, last = -(-begin // _BLOCK) * _BLOCK, end // _BLOCK * _BLOCK
+    def _write_out(self, stage: Stage) -> None:
+        begin, end, view = stage.begin, stage.end, stage.view
+        first, last = -(-begin // BLOCK) * BLOCK, end // BLOCK * BLOCK
         if self._direct is None or last - first < _LEAST_DIRECT:
-            self._write(self._handle, stage[begin:end])
+            self._write(self._handle, view[begin:end])
             return
-        self._write(self._handle, stage[begin:first])
-        self._write(self._direct, stage[first:last])
-        self._write(self._handle, stage[last:end])
+        self._write(self._handle, view[begin:first])
+        self._write(self._direct, view[first:last])
+        self._write(self._handle, view[last:end])
 
     def _write(self, handle: int, view: memoryview) -> None:
         while view.nbytes:
@@ -260,7 +251,14 @@ class FileBlobs:
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         direct = _open_direct(path, os.O_RDONLY) if once else None
         try:
-            yield FileReader(handle, direct)
+            if direct is None:
+                yield FileReader(handle)
+            else:
+                stage = Stage()
+                try:
+                    yield OnceReader(handle, direct, stage.view)
+                finally:
+                    stage.release()
         finally:
             os.close(handle)
             if direct is not None:
