@@ -148,8 +148,7 @@ class Publication:
             if draft.documents.roster is not None:
                 check_newer_roster(draft.documents.roster, roster)
             _require_valid("roster", roster.valid_until, now)
-            for key in roster.he_keys:
-                self._he_public(key.digest)
+            self._take_he_keys(draft.documents.roster, roster)
             self._record_members(draft.documents.roster, roster)
             draft.documents = replace(draft.documents, roster=roster, roster_digest=digest)
             draft.record = replace(draft.record, roster=digest, roster_version=roster.version)
@@ -164,6 +163,15 @@ class Publication:
             draft.documents = replace(draft.documents, plan=plan, plan_digest=digest)
             draft.record = replace(draft.record, plan=digest, plan_version=plan.version)
         draft.changes.append(Put(DocumentRecord(federation, digest, signed.kind, signed.to_bytes())))
+
+    def _take_he_keys(self, before: Roster | None, after: Roster) -> None:
+        """Every HE key is there, and none comes back that was retired: its seeds are no longer remembered."""
+        kept = {key.digest for key in before.he_keys} if before is not None else set()
+        for key in after.he_keys:
+            self._he_public(key.digest)
+            known = self._store.get(DocumentRecord, after.federation, key.digest)
+            if known is not None and key.digest not in kept:
+                raise _refuse(f"the {key.scheme} key was retired by an earlier roster; make a new one")
 
     def _record_members(self, before: Roster | None, after: Roster) -> None:
         """Who came in and who went, for the audit, with the identity keys that the owner signed."""

@@ -5,9 +5,9 @@ The engine itself keeps the published sums and training states of the newest `ke
 
 - with `keep_days`, published sums and training states older than that, but never a chain's newest state;
 - replies, step closes and upload digests of rounds that are over: what an open round is rebuilt from;
-- states of rounds that were aborted, first states that no plan named within a week, spools of other rounds.
-
-Digests of encryption seeds stay as long as the state: a seed must never come twice under a key.
+- states of rounds that were aborted, first states that no plan named within a week, spools of other rounds;
+- digests of encryption seeds under an HE key that the roster no longer names. Under a key in force they stay:
+  a seed must never come twice under a key. A key that left the roster is never taken back (publishing.py).
 """
 
 import asyncio
@@ -30,10 +30,12 @@ from blindsum.aggregator.store.records import (
     ReplyRecord,
     RevocationRecord,
     RoundRecord,
+    SeedRecord,
     SumRecord,
 )
 from blindsum.aggregator.store.state import Change, Delete, StateStore, StorageFailed
 from blindsum.aggregator.structured_logs import logger
+from blindsum.crypto.trust.header import NO_KEY, BoundHeader
 
 _DAY_MS = 86_400_000
 _UNNAMED_STATE_MS = 7 * _DAY_MS
@@ -74,6 +76,7 @@ class Retention:
         self._engines = engines
         self._executor = executor
         self._logs_dropped: dict[bytes, int] = {}
+        self._he_keys: dict[bytes, set[bytes]] = {}
         self._log = logger(part="retention")
 
     async def keep_sweeping(self, seconds: float) -> None:
@@ -93,6 +96,7 @@ class Retention:
             # Whatever round is newest now, and later ones, are left alone.
             newest = 0 if engine.run is None else engine.run.number
             found = await loop.run_in_executor(self._executor, self._expired, federation, newest)
+            await self._drop_seeds(federation, engine)
             if found.changes or found.blobs:
                 now = self._clock.now_ms()
                 noted = event(
@@ -110,6 +114,18 @@ class Retention:
             deleted += len(found.blobs)
         return deleted
 
+    async def _drop_seeds(self, federation: bytes, engine: FederationEngine) -> None:
+        """Drop the seeds seen under keys that neither the roster nor the newest round is under."""
+        used = self._he_keys.get(federation, set())
+        roster = engine.documents.roster
+        kept = {NO_KEY} | (set() if roster is None else {key.digest for key in roster.he_keys})
+        if engine.run is not None:
+            kept.add(engine.run.terms.bound.header.he_key)
+        for key in used - kept:
+            where = (("federation", federation), ("he_key", key))
+            await self._store.commit(Delete(SeedRecord, where))
+            used.discard(key)
+
     def _delete(self, names: list[str]) -> None:
         for name in names:
             self._blobs.delete(name)
@@ -121,8 +137,10 @@ class Retention:
             for row in self._store.find(RoundRecord, federation=federation)
             if row.number < newest and row.state in (CONCLUDED, ABORTED)
         }
-        for number in rounds:
+        for number, row in rounds.items():
             if number >= self._logs_dropped.get(federation, 0):
+                he_key = BoundHeader.parse(row.header).header.he_key
+                self._he_keys.setdefault(federation, set()).add(he_key)
                 where = (("federation", federation), ("round", number))
                 logged = [
                     kind for kind in _ROUND_LOG if self._store.find(kind, federation=federation, round=number)
