@@ -3,18 +3,21 @@
     python -m blindsum.bench.aggregator_process
 
 Commands come on standard input, answers go to standard output: 8 bytes of length, little-endian, then a
-MessagePack array. Only work on decoded commands is charged, not reading and writing them. The upload
-that is being received is held in memory, where the service holds it on disk.
+MessagePack array. Only work on decoded commands is charged, not reading and writing them. Pieces of an
+upload are decoded by the service's own parser, and a frame is hashed once it is complete, as in the service;
+the upload that is being received is held in memory, where the service holds it on disk.
 """
 
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any, Self
+from itertools import chain
+from typing import IO, Any, Self, TypeVar
 
 import msgspec
 from blindsum.aggregator.memory_allocator import keep_large_buffers
+from blindsum.aggregator.upload_chunk import decode_chunk
 from blindsum.bench.cpu_time import StepClock, without_collection
 from blindsum.bench.peak_memory import PeakMemory
 from blindsum.crypto.canonical import decode_document, encode_document
@@ -25,6 +28,8 @@ from blindsum.crypto.trust.roster import Roster
 from blindsum.proto.v1 import round_pb2
 
 _DOWNLOAD_CHUNK = 1 << 18
+
+T = TypeVar("T")
 
 
 def _write(stream: IO[bytes], value: Any) -> None:
@@ -59,8 +64,10 @@ class _Server:
             self._arithmetic = self._round.arithmetic()
         self._number = bound.header.round
         self._sums: list[bytearray | None] = [None] * self._round.layout.frames
-        self._frames: list[bytes] = []
-        self._pieces: list[bytes] = []
+        self._threads = threads
+        self._frames: list[bytes | memoryview] = []
+        self._digests: list[bytes] = []
+        self._pieces: list[memoryview] = []
         self._piece_bytes = 0
 
     def state(self) -> tuple[str | None, tuple[str, ...], str]:
@@ -79,31 +86,42 @@ class _Server:
         with self._clock.running(str(self._round.step)):
             self._round.accept(member, round_pb2.AnswerRequest.FromString(message).reply)
 
-    def chunk(self, message: bytes) -> None:
-        """A serialised piece of the upload that is coming in."""
+    def chunks(self, messages: list[bytes]) -> None:
+        """Serialised pieces of the upload that is coming in."""
         with self._clock.running("upload"):
-            self._pieces.append(round_pb2.UploadRequest.FromString(message).data)
-            self._piece_bytes += len(self._pieces[-1])
-            if self._piece_bytes == self._round.layout.upload_bytes(len(self._frames)):
-                whole = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-                self._frames.append(whole)
-                self._pieces.clear()
-                self._piece_bytes = 0
+            for message in messages:
+                self._take(decode_chunk(message).data)
+
+    def _take(self, piece: memoryview) -> None:
+        self._pieces.append(piece)
+        self._piece_bytes += len(piece)
+        if self._piece_bytes == self._round.layout.upload_bytes(len(self._frames)):
+            whole = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+            self._frames.append(whole)
+            self._digests.append(frame_digest(whole))
+            self._pieces.clear()
+            self._piece_bytes = 0
 
     def commit(self, member: str, message: bytes) -> None:
         """The serialised reply to the upload step: the frames before it are checked, accepted and added."""
         with self._clock.running("upload"):
             reply = round_pb2.BeginUploadRequest.FromString(message).reply
-            digests = list(self._pool.map(frame_digest, self._frames))
-            if upload_digest(self._round.h1, digests) != self._round.expected_digest(reply):
+            if upload_digest(self._round.h1, self._digests) != self._round.expected_digest(reply):
                 raise ValueError(f"the frames of {member} aren't those that it signed")
             with self._aggregate.running("check"):
                 for index, frame in enumerate(self._frames):
                     self._arithmetic.check(index, frame)
             self._round.accept(member, reply)
             with self._aggregate.running("add"):
-                list(self._pool.map(self._add, range(len(self._frames))))
+                self._spread(self._add, range(len(self._frames)))
             self._frames.clear()
+            self._digests.clear()
+
+    def _spread(self, work: Callable[[int], T], frames: range) -> list[T]:
+        """The work on every frame, each thread on a stretch of its own."""
+        each = -(-len(frames) // self._threads)
+        stretches = [frames[at : at + each] for at in range(0, len(frames), each)]
+        return list(chain.from_iterable(self._pool.map(lambda part: list(map(work, part)), stretches)))
 
     def _add(self, index: int) -> None:
         self._sums[index] = self._arithmetic.add(index, self._sums[index], self._frames[index])
@@ -127,7 +145,7 @@ class _Server:
     def results(self, start: int, stop: int) -> list[list[bytes]]:
         """Frames of the published sum, each as serialised pieces."""
         with self._clock.running("finish"):
-            pieces = list(self._pool.map(self._finish, range(start, stop)))
+            pieces = self._spread(self._finish, range(start, stop))
         self._peaks["finish"] = self._memory.above
         return pieces
 
@@ -160,7 +178,7 @@ def main() -> None:
             name, *arguments = command
             handler: Callable[..., Any] = getattr(server, name)
             answer = handler(*arguments)
-            if name != "chunk":
+            if name != "chunks":
                 _write(target, answer)
 
 

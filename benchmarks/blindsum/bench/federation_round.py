@@ -194,9 +194,9 @@ class MeasuredRound:
                 np.add(part, frame.fields, out=part)
                 digests.append(frame.digest)
                 cost.protect_cpu_s += frame.protect_cpu_s
-                for chunk in frame.chunks:
-                    cost.bytes_up["upload"] += len(chunk)
-                    self._aggregator.send("chunk", chunk)
+            chunks = [chunk for frame in made for chunk in frame.chunks]
+            cost.bytes_up["upload"] += sum(map(len, chunks))
+            self._aggregator.send("chunks", chunks)
         cost.protect_cpu_s += worker_cpu_seconds() - workers_before
         with cost.clock.running("upload"):
             digest = upload_digest(protector.h1, digests)

@@ -31,7 +31,10 @@ class PeerRequest:
 def bench_masking(
     work: Work, runs: int, threads: int, peer: PeerRequest | None, progress: Progress
 ) -> dict[str, Any]:
-    """The figures: our runs, the limit and the peer's runs interleaved, the minimum of each kept."""
+    """The figures: our runs, the limit and the peer's runs interleaved, the minimum of each kept.
+
+    Of each member too: its figure is its least time over the runs, and the round's is the median member.
+    """
     environment = flower_peer.prepare(peer.cache, progress) if peer else None
     federation = found_federation(work)
     limits = thresholds(work.members, work.gamma, work.delta, work.security)
@@ -65,7 +68,8 @@ def _figures(
     best = min(costs, key=lambda cost: median(cost.member_seconds()))
     limit = min(measured, key=lambda one: one.seconds)
     lanes = LaneLayout.for_cohort(work.bits, work.n_max)
-    member = median(best.member_seconds())
+    seconds_of = [min(run) for run in zip(*(cost.member_seconds() for cost in costs), strict=True)]
+    member = median(seconds_of)
     check = min(cost.sum_check_cpu_s for cost in costs)
     server = min(costs, key=lambda cost: sum(cost.aggregator_cpu_s.values()))
     survivors = len(best.survivors)
@@ -92,7 +96,7 @@ def _figures(
         "survivors": survivors,
         "runs": len(costs),
         "member_cpu_s": member,
-        "member_cpu_max_s": min(max(cost.member_seconds()) for cost in costs),
+        "member_cpu_max_s": max(seconds_of),
         "aggregator_cpu_s": sum(server.aggregator_cpu_s.values()),
         "sum_check_cpu_s": check,
         "member_open_cpu_s": min(cost.open_cpu_s for cost in costs),

@@ -12,13 +12,13 @@ import numpy as np
 from blindsum.crypto.canonical import Message, encode_message
 from blindsum.crypto.errors import ParameterRefused, RefusalReason, Refused
 from blindsum.crypto.primitives.key_agreement import AgreementKey, is_small_order
-from blindsum.crypto.primitives.mask_expansion import MaskSet
+from blindsum.crypto.primitives.mask_expansion import LANE_BYTES, MaskSet
 from blindsum.crypto.primitives.secret_sharing import SHARE_BYTES, LagrangeBasis, share_value
 from blindsum.crypto.primitives.signing import require_signature
 from blindsum.crypto.schemes.base import Abort, RoundTerms, StepName
 from blindsum.crypto.schemes.masking.bitmaps import Flags, to_bitmap
 from blindsum.crypto.schemes.masking.cohort import Cohort
-from blindsum.crypto.schemes.masking.frames import FRAME_LANES, LaneArithmetic, bulk_layout
+from blindsum.crypto.schemes.masking.frames import FRAME_LANES, LaneArithmetic, LaneBuffers, bulk_layout
 from blindsum.crypto.schemes.masking.graph import Positions
 from blindsum.crypto.schemes.masking.member import mask_pair, pair_mask_key, self_mask_key
 from blindsum.crypto.schemes.masking.messages import (
@@ -87,6 +87,7 @@ class MaskingAggregator:
         self._confirmations: dict[int, bytes] = {}
         self._revealed: dict[int, bytes] = {}
         self._masks: MaskSet | None = None
+        self._buffers = LaneBuffers()
         self._result = b""
 
     # -- the interface of AggregatorRound --------------------------------------------------------
@@ -215,9 +216,10 @@ class MaskingAggregator:
             raise Refused(RefusalReason.WRONG_STEP, "the round isn't finished")
         if not 0 <= index < self.layout.frames or len(total) != self.layout.sum_bytes(index):
             raise Refused(RefusalReason.WRONG_SIZE, f"the sum of frame {index} has a wrong size")
-        lanes = np.frombuffer(total, dtype="<u8").copy()
-        self._masks.apply(lanes, index * FRAME_LANES)
-        return lanes.tobytes()
+        with self._buffers.borrow(len(total) // LANE_BYTES) as lanes:
+            lanes[:] = np.frombuffer(total, dtype="<u8")
+            self._masks.apply(lanes, index * FRAME_LANES)
+            return lanes.tobytes()
 
     def result(self) -> bytes:
         """The result message: U2, U3 and confirmations of t members."""
