@@ -187,6 +187,8 @@ class Ingest:
         self._by_spool: dict[str, _Slot] = {}
         self._admitting: set[str] = set()
         self._draining = False
+        self.deferred = 0
+        """How often an upload was told to ask again later."""
         self._emptied = asyncio.Event()
         self._log = logger(part="ingest")
 
@@ -201,12 +203,15 @@ class Ingest:
     async def begin(self, job: UploadJob) -> Admission:
         """Admit an upload, or take up one that broke off. Raises `Refused`."""
         if job.spool_name in self._admitting:
+            self.deferred += 1
             return Admission(retry_after_ms=self._settings.retry_after_ms)
         self._admitting.add(job.spool_name)
         try:
-            return await self._begin(job)
+            admission = await self._begin(job)
         finally:
             self._admitting.discard(job.spool_name)
+        self.deferred += admission.retry_after_ms > 0
+        return admission
 
     async def _begin(self, job: UploadJob) -> Admission:
         for other in self._by_spool.values():

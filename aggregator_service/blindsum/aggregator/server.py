@@ -200,7 +200,8 @@ class AggregatorServer:
         """The metrics in Prometheus' text format."""
         with contextlib.suppress(StorageFailed):
             await self._in_thread(self.metrics.disk_usage)
-        return self.metrics.text(self._ingest.slots_taken, head_of(self.store).sequence)
+        ingest = self._ingest
+        return self.metrics.text(ingest.slots_taken, ingest.deferred, head_of(self.store).sequence)
 
     async def _check_audit(self) -> None:
         """Once after the start; it takes its time when there are many events."""
