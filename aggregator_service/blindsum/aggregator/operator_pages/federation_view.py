@@ -6,6 +6,7 @@ sealed, so they can't be shown; the pages say so.
 
 import datetime as dt
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from blindsum.crypto.trust.header import BoundHeader
 
 HISTORY_ROWS = 50
 EVENT_ROWS = 50
+_LONG_HEX = re.compile(r"[0-9a-f]{32,}")
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,19 @@ def _round_row(row: RoundRecord) -> RoundRow:
 
 def _detail(text: str) -> str:
     values = json.loads(text)
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value not in ("", [], None))
+    return "; ".join(
+        f"{name} {_plain(value)}" for name, value in values.items() if value not in ("", [], {}, None)
+    )
+
+
+def _plain(value: object) -> str:
+    """A value of an event as text; long hexadecimal digests and keys are cut."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_plain(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(_plain(one) for one in value)
+    text = str(value)
+    return f"{text[:16]}…" if _LONG_HEX.fullmatch(text) else text
 
 
 def _when(at_ms: int) -> str:
