@@ -191,9 +191,8 @@ def owner_admit(
         if not fitting:
             say("Nobody was admitted.")
             raise typer.Exit(1)
-        if dry_run:
-            members = len(owner.roster.members) + len({one.member for one in fitting})
-            say(f"Would sign roster version {owner.roster.version + 1} with {members} members.")
+        members = len(owner.roster.members) + len({one.member for one in fitting})
+        say(f"Roster version {owner.roster.version + 1} will have {members} members.")
         if not go_ahead("Admit those without a problem?", yes=yes, dry_run=dry_run):
             return
         admitted = owner.admit(*(names or ()), keys={one.fingerprint for one in fitting})

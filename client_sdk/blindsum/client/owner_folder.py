@@ -71,6 +71,8 @@ class OwnerFolder:
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
+        if not (path / "owner.key").exists():
+            raise FolderError(f"{path} isn't an owner's folder; make one with `blindsum owner init`")
         self._lock = None if read_only else FolderLock(path)
         try:
             self.key = SigningKey(read_private(path / "owner.key"))
