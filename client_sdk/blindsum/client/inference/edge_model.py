@@ -96,7 +96,7 @@ class EdgeModel:
         if answer.answered_by == "cloud":
             self.shadow.record(answer.edge_label == truth, answer.label == truth)
 
-    def shadow_evaluate(self, images: Sequence[Any], labels: Labels) -> ShadowReport:
+    def shadow_evaluate(self, images: Any, labels: Labels) -> ShadowReport:
         """Measure on labelled local images (labels 0 and 1) whether the cloud helps here, and act on it.
 
         Asks the cloud about every doubtful one. Calibrates the cloud's answers too. Raises `CloudUnavailable`
