@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from blindsum.client.devices.backends import Backend, Floats, backend
+from blindsum.client.devices.backends import FP32, Backend, Floats, backend
 from blindsum.client.devices.device_profile import DeviceProfile
 from blindsum.client.devices.measuring import Measurement, measure
 from blindsum.crypto.errors import BlindsumError
@@ -155,9 +155,9 @@ def optimise(
     reference = score(_torch_outputs(by_width[FULL_WIDTH], inputs), labels)
     candidates = []
     for width, network in sorted(by_width.items(), reverse=True):
-        fp32_bytes = len(backend("onnx-fp32").build(network, calibration))
+        fp32 = backend(FP32).build(network, calibration)
         for one in used:
-            artefact = one.build(network, calibration)
+            artefact = fp32 if one.name == FP32 else one.build(network, calibration)
             measured = measure(one.name, artefact, inputs, profile.threads)
             candidates.append(
                 _judged(
@@ -165,7 +165,7 @@ def optimise(
                         width=width,
                         backend=one.name,
                         size=len(artefact),
-                        fp32_bytes=fp32_bytes,
+                        fp32_bytes=len(fp32),
                         accuracy=(reached := score(measured.outputs, labels)),
                         accuracy_drop=reference - reached,
                         latency_us=measured.latency_us * profile.slower,

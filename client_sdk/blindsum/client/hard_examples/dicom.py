@@ -9,6 +9,7 @@ don't say are marked for the reviewer.
 import io
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,7 +56,7 @@ def scrub(source: str | os.PathLike[str] | bytes) -> Any:
         raise DicomRefused("the file says that text is burned into its pixels; it can't be forwarded")
     if "PixelData" not in data:
         raise DicomRefused("the file has no image")
-    clean = type(data)()
+    clean = import_module("pydicom").Dataset()
     for keyword in KEPT:
         if keyword in data:
             element = data[keyword]
@@ -87,13 +88,12 @@ def read_dicom(source: str | os.PathLike[str] | bytes) -> ScrubbedImage:
 
 def _read(source: str | os.PathLike[str] | bytes) -> Any:
     try:
-        import pydicom  # noqa: PLC0415  (the extra may be missing)
-        from pydicom.errors import InvalidDicomError  # noqa: PLC0415
+        pydicom = import_module("pydicom")
     except ModuleNotFoundError:
         raise MissingExtra("dicom", "reading DICOM") from None
     try:
         return pydicom.dcmread(io.BytesIO(source) if isinstance(source, bytes) else Path(source))
-    except (InvalidDicomError, OSError):
+    except (pydicom.errors.InvalidDicomError, OSError):
         raise DicomRefused("this can't be read as DICOM") from None
 
 

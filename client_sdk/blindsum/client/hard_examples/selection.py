@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from blindsum.client.hard_examples.scores import Novelty, doubt
+from blindsum.client.hard_examples.scores import Features, Novelty, doubt, of_rows
 from blindsum.crypto.primitives.derivation import Random, labelled_hash, system_random
 from numpy.typing import ArrayLike, NDArray
 
@@ -32,7 +32,7 @@ class Proposal:
 
 def propose(
     logits: ArrayLike,
-    features: ArrayLike,
+    features: Features,
     labels: ArrayLike,
     novelty: Novelty,
     *,
@@ -40,33 +40,25 @@ def propose(
     random_share: float = RANDOM_SHARE,
     random: Random = system_random,
 ) -> Proposal:
-    """At most `quota` rows of a site's labelled examples. `logits` (n,) or (n, classes), `features` (n, d) as
-    `novelty` knows them, `labels` (n,) of any integer dtype. `random` draws the seed of the sample.
+    """At most `quota` rows of a site's labelled examples. `logits` (n,) or (n, classes), `features` (n, d) in
+    the groups that `novelty` knows, `labels` (n,) of any integer dtype. `random` draws the seed of the
+    sample.
 
     Raises `ValueError` for parts of different lengths or a quota below 1.
     """
-    classes, points = np.asarray(labels), np.asarray(features, dtype=np.float64)
-    doubts = doubt(logits)
-    if not len(doubts) == len(points) == len(classes):
-        raise ValueError(f"{len(doubts)} logits, {len(points)} features and {len(classes)} labels")
+    classes, doubts, scores = np.asarray(labels), doubt(logits), novelty.score(features)
+    if not len(doubts) == len(scores) == len(classes):
+        raise ValueError(f"{len(doubts)} logits, {len(scores)} features and {len(classes)} labels")
     if quota < 1:
         raise ValueError(f"a quota is at least 1, not {quota}")
     present = np.unique(classes)
-    site = novelty.is_flagged(points)
-    flagged = [int(one) for one in present if site or novelty.is_flagged(points[classes == one])]
+    site = novelty.is_flagged(features)
+    flagged = [int(one) for one in present if site or novelty.is_flagged(of_rows(features, classes == one))]
     few = quota - int(random_share * quota)
-    rows: list[int] = []
-    if flagged:
-        seed = random(32)
-        rows = _spread(classes, flagged, quota - few, seed)
-    reasons = ["random sample of a flagged class"] * len(rows)
-    for row in np.argsort(-doubts, kind="stable"):
-        if len(reasons) - reasons.count("random sample of a flagged class") >= few or len(rows) >= quota:
-            break
-        if int(row) not in rows:
-            rows.append(int(row))
-            reasons.append("most doubtful")
-    scores = novelty.score(points)
+    sample = _spread(classes, flagged, quota - few, random(32)) if flagged else []
+    doubtful = [int(row) for row in np.argsort(-doubts, kind="stable") if row not in sample][:few]
+    rows = [*sample, *doubtful]
+    reasons = ["random sample of a flagged class"] * len(sample) + ["most doubtful"] * len(doubtful)
     return Proposal(
         tuple(rows),
         tuple(reasons),
