@@ -35,7 +35,7 @@ check: $(VENV)/.stamp ## lint, format, strict types, import rules, dependencies,
 	$(BIN)/buf lint
 
 test-core: ## all tests that need no torch, in an environment of their own: make test-core PY=python3.12
-	@$(MAKE) --no-print-directory run-core EXTRAS=cli,he,paillier,server,dev \
+	@$(MAKE) --no-print-directory run-core EXTRAS=cli,he,paillier,server,otel,dev \
 		VENV=.venv-core-$$($(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 run-core: $(VENV)/.stamp

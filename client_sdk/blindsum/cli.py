@@ -55,6 +55,7 @@ _EXTRAS = {
     "onnx": "optimize",
     "onnxruntime": "edge",
     "onnxscript": "optimize",
+    "opentelemetry": "otel",
     "phe": "paillier",
     "pydicom": "dicom",
     "pydantic_settings": "server",

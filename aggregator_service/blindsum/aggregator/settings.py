@@ -12,7 +12,7 @@ from typing import Any
 
 from blindsum.crypto.errors import BlindsumError
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 MIB = 1 << 20
 
@@ -181,6 +181,10 @@ def load_settings(file: Path | None = None, **overrides: Any) -> AggregatorSetti
             place = ".".join(str(part) for part in problem["loc"]) or "settings"
             lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}")
         raise SettingsRefused("; ".join(lines)) from None
+    except SettingsError as error:
+        raise SettingsRefused(
+            f'{error}: in the environment a list is written as JSON, such as ["a", "b"]'
+        ) from None
 
 
 def data_directory(file: Path | None, data: Path | None) -> Path:

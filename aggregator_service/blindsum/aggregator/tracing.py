@@ -1,7 +1,8 @@
 """OpenTelemetry: a span for every call, with the method and its outcome. Needs the extra `otel`.
 
-Spans carry what gRPC knows of a call: its method, status and peer address. No message, member or key is put
-into one. Where they go is up to the standard variables (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, ...).
+Spans carry what gRPC knows of a call: its method, the status and its text (as in the log, a refusal may name
+the member), the peer's address. No message and no key is ever in one. Where they go is up to the standard
+variables (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, ...).
 """
 
 from typing import Any
