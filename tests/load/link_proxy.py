@@ -48,8 +48,10 @@ class Link:
         await self._stopping.wait()
         server.close()
         self._cut()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
             task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     async def _connected(self, member: asyncio.StreamReader, to_member: asyncio.StreamWriter) -> None:
         self.connections += 1
