@@ -61,7 +61,7 @@ from blindsum.proto.v1 import round_pb2
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from federation_driver import seeded
-from recorded_files import RecordedFiles
+from recorded_files import Hook, RecordedFiles
 from scripted_federation import Applicant, ScriptedOwner, settings_for
 
 MEMBERS = 5
@@ -452,7 +452,7 @@ class WorldMember:
                 total.append(opener.open(index, data[offset : offset + size]))
                 offset += size
             self.world.check_sum(self, number, opener.survivors, np.concatenate(total))
-            notes.state = hashlib.sha256(b"state" + opener.h1 + data).digest()
+            notes.state = self.next_state(opener.h1, data)
             signature = sign_state(
                 self.applicant.identity,
                 federation=self.world.owner.federation,
@@ -468,6 +468,10 @@ class WorldMember:
         await self.call("Conclude", conclusion)
         if self.latest is not None and self.latest.round.checkpoint_wanted:
             await self._keep_checkpoint(number)
+
+    def next_state(self, h1: bytes, data: bytes) -> bytes:
+        """The digest of the state that follows from a sum."""
+        return hashlib.sha256(b"state" + h1 + data).digest()
 
     async def _keep_checkpoint(self, number: int) -> None:
         notes = self.notes
@@ -520,6 +524,8 @@ class World:
         self.dead = False
         self.dies_in = -1
         self.full = False
+        self.fails: Hook | None = None
+        """Another fault of the disk: called before each change, may raise `OSError`."""
         self._cuts = itertools.count(1)
         self._versions = itertools.count(2)
         self._to_publish: list[Callable[[], None]] = []
@@ -595,6 +601,8 @@ class World:
             raise OSError(5, "the process is dead")
         if self.full and kind in ("write", "create", "mkdir"):
             raise OSError(28, "No space left on device")
+        if self.fails is not None:
+            self.fails(kind, path)
 
     @property
     def alive(self) -> bool:
@@ -711,6 +719,26 @@ class World:
             self.kill()
         elif self.alive:
             self.check_engine()
+
+    def everyone_acts(self) -> None:
+        """Each member does what it is asked for."""
+        for member in self.members:
+            if member.name not in self.revoked:
+                self.act(member)
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Members act until something is so, without any time going by."""
+        for _ in range(20):
+            if done():
+                return
+            self.everyone_acts()
+        raise Broken("nothing moves")
+
+    def run_of_rounds(self) -> Any:
+        """The engine's newest round."""
+        found = self.server.engines[self.owner.federation].run
+        assert found is not None
+        return found
 
     def advance(self, milliseconds: int) -> None:
         """Let time go by."""
@@ -1007,7 +1035,7 @@ class World:
 
     def settle(self) -> None:
         """Everything works again: the running round ends by its deadline, and another one concludes."""
-        self.full = False
+        self.full, self.fails = False, None
         self.dies_in = -1
         self.delayed.clear()
         self.restart()
@@ -1037,9 +1065,7 @@ class World:
     def _go_on(self, done: Callable[[], bool], limit: int) -> None:
         while not done():
             before = self._progress()
-            for member in self.members:
-                if member.name not in self.revoked:
-                    self.act(member)
+            self.everyone_acts()
             if done():
                 return
             if self._progress() == before:

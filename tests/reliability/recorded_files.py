@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-Kind = Literal["name", "write", "truncate", "sync", "acknowledged"]
+Kind = Literal["name", "write", "truncate", "sync", "failed sync", "acknowledged"]
 Hook = Callable[[str, Path], None]
 """Called before each change with its kind (`write`, `sync`, `rename`, ...); may raise `OSError`."""
 
@@ -81,6 +81,9 @@ class Disk:
         if change.kind == "sync":
             for waiting in self.pending.pop(change.inode, []):
                 self.apply(waiting, waiting.data)
+        elif change.kind == "failed sync":
+            # Linux calls the pages clean all the same: no later sync will write them.
+            self.pending.pop(change.inode, None)
         elif change.kind != "acknowledged":
             self.pending.setdefault(change.inode, []).append(change)
 
@@ -157,6 +160,13 @@ class RecordedFiles:
         self.changes += 1
         if self.hook is not None:
             self.hook(kind, path)
+
+    def _ask_for_sync(self, path: Path, inode: int) -> None:
+        try:
+            self._asked("sync", path)
+        except OSError:
+            self.log.append(Change("failed sync", inode))
+            raise
 
     def acknowledged(self, label: Any) -> None:
         """From here on the outside world counts on something."""
@@ -260,7 +270,7 @@ class RecordedFiles:
             with self._lock:
                 file = self._handles.get(handle)
                 if file is not None:
-                    self._asked("sync", file.path)
+                    self._ask_for_sync(file.path, file.inode)
                 # The model decides what is lost: nothing has to wait for the real disk.
                 if file is None:
                     real(handle)
@@ -577,7 +587,7 @@ class _SqliteShim:
         known = files._sqlite[file]
         with files._lock:
             try:
-                files._asked("sync", known.path)
+                files._ask_for_sync(known.path, known.inode)
             except OSError as error:
                 return _code(error, _IO_FSYNC)
             kind = known.path.name.rpartition("-")[2] if "-" in known.path.name else "database"
