@@ -445,6 +445,8 @@ class FederationEngine:
                 raise
             except BlindsumError as error:
                 run.failure = error
+            # Whoever heard that its reply was there, before its commit failed, is asked again.
+            self.presence.notify()
         if run.failure is not None:
             return await self._abort(run, str(run.failure))
         removed = self._removed(run)
@@ -503,11 +505,17 @@ class FederationEngine:
         if run.step == run.first_step:
             if len(machine.replied) >= run.terms.bound.header.n_max:
                 return []
-            expected &= self.presence.ready()
+            expected &= self.presence.ready() | self._coming_back(expected)
             if not expected and len(machine.replied) < self._quorum(run):
                 # Nobody who is there is missing, but there are too few: wait for others, or the deadline.
                 return sorted(set(machine.participants) - machine.replied - run.revoked) or [""]
         return sorted(expected)
+
+    def _coming_back(self, members: set[str]) -> set[str]:
+        """Those who haven't had the time to connect to this process yet, which may have just started."""
+        if self._around.clock.now_ms() >= self._started_ms + int(1000 * self._settings.presence_grace):
+            return set()
+        return {member for member in members if self.presence.absent_since(member, -1) == -1}
 
     async def _close(self, run: RoundRun) -> int | None:
         step = run.step
