@@ -1,12 +1,14 @@
 """Who is removed is a dropout of the running round, gets nothing more, and keeps what it had."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from blindsum.aggregator.peer_identity import PeerCheck
-from blindsum.client import Member, Round
+from blindsum.client import Member, Owner, Round
+from blindsum.client.admission import Watch, nobody
 from blindsum.client.member_folder import MemberFolder
 from blindsum.client.owner import replace_document
 from blindsum.client.receipts import known_rosters, verify_receipts
@@ -110,7 +112,15 @@ def test_a_removal_that_did_not_wait_is_finished_later(blindsum_federation: Make
     assert federation.run(first) == {name: int(name != "member-4") for name in federation.names}
     assert owner.rotation_unfinished
     assert "group key has changed" in owner.status().waits_for
-    assert owner.finish_rotation()
+    with federation.open("member-1") as member:
+        np.testing.assert_allclose(member.latest_state()["weight"], STEP, atol=1e-3)
+    owner.close()
+    stop = threading.Event()
+    for event in Watch(owner.path, nobody, every=0.1, stop=stop).events():
+        assert event.kind == "training", event
+        stop.set()
+    federation.owner = owner = Owner.open(owner.path)
+    assert not owner.rotation_unfinished
     federation.names.remove("member-4")
 
     def rest(member: Member) -> int:
@@ -236,6 +246,21 @@ def test_a_server_that_goes_on_serving_a_removed_member_gives_it_nothing(
     federation.stop_server()
     federation.start_server()
     with federation.open("member-4") as member, pytest.raises(DocumentError, match="isn't in roster version"):
+        member.latest_state()
+
+
+def test_a_finished_model_stays_readable_after_the_keys_changed(blindsum_federation: Make) -> None:
+    federation = blindsum_federation(4, model=small_model("zeros"), rounds=1)
+    federation.train(lambda name, index: dict.fromkeys(small_model(), STEP))
+    federation.owner.remove("member-4")
+    np.testing.assert_allclose(federation.owner.model()["weight"], STEP, atol=1e-3)
+    with federation.open("member-1") as member:
+        np.testing.assert_allclose(member.latest_state()["weight"], STEP, atol=1e-3)
+    federation.admit("newcomer")
+    with (
+        federation.open("newcomer") as member,
+        pytest.raises(DocumentError, match="before this member came"),
+    ):
         member.latest_state()
 
 

@@ -78,17 +78,19 @@ class HeldState:
 
     def _fetch(self, plan: Plan, index: int, digest: bytes) -> None:
         documents, line, folder = self._documents, self._line, self._folder
-        policy, key = documents.policy, documents.group_key
+        policy = documents.policy
         assert policy is not None
-        assert key is not None
         request = round_pb2.GetCheckpointRequest()
         info = line.call(line.stub.GetCheckpoint, request, what="getting the checkpoint").info
         if info.state_round != index or not same(info.state, digest):
             raise RosterMovedOn("the aggregator's checkpoint isn't of the state that the round goes on from")
         claim = StateClaim.parse(info.claim)
+        roster = documents.earlier_roster(info.roster)
+        key = folder.group_key(roster.epoch)
+        assert key is not None
         accept_state(
             claim,
-            roster=documents.earlier_roster(info.roster),
+            roster=roster,
             plan=plan,
             plan_digest=documents.plan_digest,
             n_min=policy.n_min,

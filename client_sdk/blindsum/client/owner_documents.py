@@ -179,16 +179,24 @@ class OwnerDocuments:
             raise DocumentError(f"this {what} is another federation's; tell the aggregator's operator")
 
     def earlier_roster(self, digest: bytes) -> Roster:
-        """An owner-signed roster of this epoch that was in force in an earlier round, or now."""
+        """An owner-signed roster that was in force earlier, or now; this member has its group key.
+
+        Raises `DocumentError`, `Refused`.
+        """
         assert self.roster is not None
         if digest in (b"", self.roster_digest):
             return self.roster
         signed = self.fetch(digest, rosters.KIND)
         roster = open_document(signed, self._folder.pin.owner, rosters.KIND, Roster)
         self._require_own(roster.federation, "roster")
-        if roster.version > self.roster.version or roster.epoch != self.roster.epoch:
+        if roster.version > self.roster.version:
             raise DocumentError(
-                "the checkpoint's roster isn't an earlier one of this key epoch; ask the owner"
+                "the checkpoint's roster isn't an earlier one than that in force; ask the owner"
+            )
+        if self._folder.group_key(roster.epoch) is None:
+            raise DocumentError(
+                f"the model is sealed under the keys of epoch {roster.epoch}, from before this member came; "
+                "wait until the owner lets the plan go on under the new ones"
             )
         return roster
 
