@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from blindsum.aggregator.peer_identity import PeerCheck
@@ -143,6 +144,19 @@ def test_open_streams_end_with_the_removal(blindsum_federation: Make) -> None:
                 pass
         with pytest.raises(Refused, match="isn't in the roster"):
             member._line.call(member._line.stub.GetEnvelopes, round_pb2.GetEnvelopesRequest(), what="keys")
+
+
+def test_a_download_in_progress_ends_with_the_removal(blindsum_federation: Make) -> None:
+    federation = blindsum_federation(4, model=small_model("zeros", size=4_000_000))
+    with federation.open("member-4") as member:
+        member._connect(watch=False)
+        assert member._line is not None
+        request = round_pb2.DownloadRequest(kind=round_pb2.BULK_KIND_CHECKPOINT)
+        parts = iter(member._line.stub.Download(request))
+        next(parts)
+        federation.owner.remove("member-4")
+        with pytest.raises(grpc.RpcError, match="isn't in the roster"):
+            list(parts)
 
 
 def test_old_states_stay_readable_and_new_ones_do_not(blindsum_federation: Make) -> None:

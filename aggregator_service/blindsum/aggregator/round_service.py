@@ -329,6 +329,7 @@ class RoundService:
         if self._around.blobs.size(name) != total:
             raise StorageFailed(f"{name} isn't there as it was stored; restore a backup")
         async for data in read_blob(self._around, name, request.offset, total):
+            self._require_current(peer)
             yield wire.DownloadResponse(data=data)
 
     async def Conclude(  # noqa: N802
