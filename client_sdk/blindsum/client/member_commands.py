@@ -13,6 +13,7 @@ from blindsum.client.joining import join as ask_to_join
 from blindsum.client.layout import StateDict, portable
 from blindsum.client.member import Member
 from blindsum.client.member_folder import MemberFolder
+from blindsum.client.paillier_guidance import guidance
 from blindsum.client.progress import Phase
 from blindsum.client.receipts import RoundReceipt
 from blindsum.client.terminal import Json, MemberPath, console, date, say, show
@@ -75,10 +76,14 @@ def member_run(
     after training, the number of examples, and a dictionary of the plan's metrics.
     """
     train = app_function(app)
+    told = ""
     shown = None if quiet else _Bar()
     with Member.open(folder, on_progress=shown.report if shown else lambda *_: None) as member:
         try:
             for rnd in member.rounds():
+                if rnd.plan.scheme == "paillier" and rnd.plan.name != told:
+                    told = rnd.plan.name
+                    say(guidance(rnd.plan, int(rnd.he_parameters.split("-")[1])))
                 with rnd:
                     _run_round(rnd, train)
         finally:

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 import typer
 from blindsum.client.admission import AdmissionList, Decision, Rule, Watch, WatchEvent, by_token, nobody
 from blindsum.client.member_commands import write_model
-from blindsum.client.owner import VALID_DAYS, Application, Owner
+from blindsum.client.owner import VALID_DAYS, Owner
+from blindsum.client.owner_view import Application
+from blindsum.client.paillier_guidance import WEAK_MODULUS
 from blindsum.client.terminal import (
     QUICK,
     DryRun,
@@ -57,6 +59,9 @@ def owner_init(
     scheme: Annotated[list[str], typer.Option(help="Allow this scheme; repeat for more.")] = ["masking"],  # noqa: B006
     n_min: Annotated[int, typer.Option(help="Fewest members whose sum may be opened.")] = 3,
     n_max: Annotated[int, typer.Option(help="Most members in a round.")] = 128,
+    paillier_bits: Annotated[
+        int, typer.Option(help="Shortest Paillier modulus that members accept: 3072, or 2048 (112 bits).")
+    ] = 3072,
     split_cohorts: Annotated[
         bool,
         typer.Option(
@@ -76,8 +81,11 @@ def owner_init(
         n_min=n_min,
         n_max=n_max,
         split_cohorts=split_cohorts,
+        paillier_bits=paillier_bits,
         patience=QUICK,
     ) as owner:
+        if paillier_bits < 3072:
+            say(WEAK_MODULUS)
         say(f"Owner key of [bold]{owner.federation.name}[/bold]: {owner.public_key.hex()}")
         say(f"Fingerprint: {fingerprint(owner.public_key)}")
         _try_register(owner, folder)

@@ -10,7 +10,9 @@ import numpy as np
 import typer
 from blindsum.client.layout import StateDict
 from blindsum.client.member_commands import app_function
-from blindsum.client.owner import Owner, RoundMetrics
+from blindsum.client.owner import Owner
+from blindsum.client.owner_view import OwnerView, RoundMetrics
+from blindsum.client.paillier_guidance import TOO_LARGE_S, WEAK_MODULUS, guidance, round_seconds
 from blindsum.client.terminal import (
     QUICK,
     DryRun,
@@ -75,9 +77,13 @@ def train_start(
             "settings": settings,
         }
         first = _first_weights(model)
+        too_large = False
         unfinished = _unfinished(owner)
-        if unfinished or dry_run:
-            _say_plan(owner.start_plan(name, first, dry_run=True, **options))
+        if unfinished or dry_run or scheme == "paillier":
+            planned = owner.start_plan(name, first, dry_run=True, **options)
+            _say_plan(planned)
+            too_large = scheme == "paillier" and _say_paillier(planned, owner.policy.paillier_bits)
+        if unfinished or dry_run or too_large:
             if unfinished:
                 say(f"It takes the place of plan {unfinished}, of which a running round is aborted.")
             if not go_ahead("Sign it and publish it?", yes=yes, dry_run=dry_run):
@@ -90,6 +96,14 @@ def _say_plan(plan: Plan) -> None:
         f"Plan [bold]{plan.name}[/bold]: {plan.rounds} rounds of {plan.scheme}, {plan.dimension} shared "
         f"values in {plan.tensors} tensors, {plan.cohort_min} to {plan.cohort_max} members a round."
     )
+
+
+def _say_paillier(plan: Plan, modulus_bits: int) -> bool:
+    """Say what paillier will cost; whether the model is too large for it."""
+    if modulus_bits < 3072:
+        say(WEAK_MODULUS)
+    say(guidance(plan, modulus_bits))
+    return round_seconds(plan, modulus_bits) > TOO_LARGE_S
 
 
 def _unfinished(owner: Owner) -> str:
@@ -137,7 +151,7 @@ class TrainingView:
     concluded: as many bytes as the model has.
     """
 
-    def __init__(self, owner: Owner, with_metrics: bool) -> None:
+    def __init__(self, owner: OwnerView, with_metrics: bool) -> None:
         self._owner = owner
         self._with_metrics = with_metrics
         self._opened: tuple[str, int] | None = None

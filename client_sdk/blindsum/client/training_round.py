@@ -51,6 +51,11 @@ class Round:
         return self._session.plan
 
     @property
+    def he_parameters(self) -> str:
+        """The name of the HE parameter set that the round is under; empty in masking."""
+        return self._session.terms.he_parameters
+
+    @property
     def settings(self) -> Mapping[str, str]:
         """The plan's settings for apps."""
         return self._session.plan.settings

@@ -15,7 +15,7 @@ from blindsum.crypto.schemes.homomorphic.cipher import (
     generate_keys,
     member_cipher,
 )
-from blindsum.crypto.schemes.homomorphic.paillier import PaillierMember, estimate_seconds
+from blindsum.crypto.schemes.homomorphic.paillier import PaillierMember, PaillierSeconds, estimate_seconds
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +106,12 @@ def test_a_public_key_with_a_bad_base_or_modulus_is_refused(
             aggregator_cipher(parameters, public)
 
 
-def test_the_estimate_follows_the_clock_and_the_size(parameters: CipherParameters) -> None:
-    def clock_of(step: float) -> float:
+def test_the_estimate_follows_the_clock_and_the_size() -> None:
+    def taking(step: float, ciphertexts: int) -> PaillierSeconds:
         ticks = itertools.count()
-        return estimate_seconds(parameters, 1_000_000, 1, lambda: next(ticks) * step)
+        return estimate_seconds(2048, ciphertexts, lambda: next(ticks) * step)
 
-    assert clock_of(0.002) == pytest.approx(2 * clock_of(0.001))
-    ticks = itertools.count()
-    tiny = estimate_seconds(parameters, 1, 1, lambda: next(ticks) * 0.001)
-    assert 0 < tiny < clock_of(0.001)
+    one, slow, long = taking(0.001, 100), taking(0.002, 100), taking(0.001, 1000)
+    assert slow.round == pytest.approx(2 * one.round)
+    assert long.round == pytest.approx(10 * one.round)
+    assert long.tables == one.tables > 0

@@ -11,6 +11,7 @@ phe is GPL-3.0: nothing but this module imports it.
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -36,6 +37,8 @@ except ImportError:  # the extra is missing; `_require_extra` says so
 
 _WINDOW_BITS = 8
 _PRIME_ROUNDS = 40
+_TIMED_PRODUCTS = 512
+_TIMED_POWERS = 4
 
 Integer = Any
 """gmpy2.mpz, which has no type information."""
@@ -274,26 +277,47 @@ class PaillierAggregator:
         return ()
 
 
-def estimate_seconds(
-    parameters: CipherParameters, fields: int, cores: int, clock: Callable[[], float]
-) -> float:
-    """Seconds that a member's encryption of a vector will take, before it starts.
+@dataclass(frozen=True)
+class PaillierSeconds:
+    """CPU seconds that a member will take: its tables once, encrypting and opening in every round."""
 
-    Times a few hundred multiplications of the right size with the caller's clock (milliseconds).
+    tables: float
+    encrypt: float
+    open: float
+
+    @property
+    def round(self) -> float:
+        """CPU seconds a round."""
+        return self.encrypt + self.open
+
+
+def estimate_seconds(modulus_bits: int, ciphertexts: int, clock: Callable[[], float]) -> PaillierSeconds:
+    """What a vector of so many ciphertexts will cost one member, before it starts.
+
+    Times a few hundred multiplications and a few powers of the right size with the caller's clock, tens of
+    milliseconds in all. Several cores share the work; several members on one machine share its cores.
     """
     _require_extra()
-    size = parameters.modulus_bits // 8
+    size = modulus_bits // 8
     modulus = gmpy2.mpz(int.from_bytes(system_random(size), "big")) | 1 | 1 << (8 * size - 1)
     value = gmpy2.mpz(int.from_bytes(system_random(size), "big")) % modulus
-    rounds = 256
     start = clock()
-    for _ in range(rounds):
+    for _ in range(_TIMED_PRODUCTS):
         value = value * value % modulus
-    each = (clock() - start) / rounds
-    # Two half-length multiplications a byte of exponent, and the table: 256 for each such byte.
-    exponent_bytes = size // 2
-    ciphertexts = -(-fields // parameters.fields_per_unit)
-    return each * 2 * exponent_bytes * (1.4 * ciphertexts / max(1, cores) + (1 << _WINDOW_BITS))
+    product = (clock() - start) / _TIMED_PRODUCTS
+    exponent = gmpy2.mpz(int.from_bytes(system_random(size // 2), "big"))
+    start = clock()
+    for _ in range(_TIMED_POWERS):
+        value = gmpy2.powmod(value + 2, exponent, modulus)
+    power = (clock() - start) / _TIMED_POWERS
+    # Modulo p^2 and q^2, as long as n: a table has 256 products for each byte of exponent, a ciphertext one
+    # (and half of that for the rest), opening one a power of half the modulus' length (and a tenth).
+    products = 2 * (size // 2)
+    return PaillierSeconds(
+        tables=product * products * (1 << _WINDOW_BITS),
+        encrypt=1.5 * product * products * ciphertexts,
+        open=2.2 * power * ciphertexts,
+    )
 
 
 def _bytes(number: Integer, size: int) -> bytes:
