@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from blindsum.client.owner import Application, Owner
+from blindsum.client.owner import Owner
+from blindsum.client.owner_view import Application, OwnerView
 from blindsum.client.private_files import FolderInUse
 from blindsum.client.transport import Patience, Unreachable
 from blindsum.crypto.errors import BlindsumError, DocumentError
@@ -132,7 +133,7 @@ class Watch:
                 yield from self._look(owner)
                 self._stop.wait(self._every)
 
-    def _look(self, owner: Owner) -> Iterator[WatchEvent]:
+    def _look(self, owner: OwnerView) -> Iterator[WatchEvent]:
         try:
             waiting = owner.pending(again_within=max(1, round(self._every)))
             yield from self._over("reachable")

@@ -9,24 +9,23 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal, Self, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
-from blindsum.client.layout import EVERYTHING, StateDict, arrays, dress, framework_of, layout_of
+from blindsum.client.layout import EVERYTHING, StateDict, arrays, framework_of, layout_of
 from blindsum.client.member import FRAMEWORK_SETTING
 from blindsum.client.owner_folder import OwnerFolder, Place
-from blindsum.client.transport import CHUNK_BYTES, DEFAULT, EnrolmentLine, Patience, Stopped
+from blindsum.client.owner_view import OwnerView
+from blindsum.client.transport import CHUNK_BYTES, DEFAULT, Patience, Stopped
 from blindsum.crypto.canonical import Document, decode_document, encode_document
 from blindsum.crypto.encoding.vector import VectorPlan, field_count
 from blindsum.crypto.errors import (
     DocumentError,
     ParameterRefused,
-    RefusalReason,
     Refused,
-    StateMismatch,
 )
 from blindsum.crypto.primitives.derivation import system_random
 from blindsum.crypto.primitives.signing import SigningKey
@@ -40,8 +39,7 @@ from blindsum.crypto.schemes.registry import SCHEME_NAMES
 from blindsum.crypto.trust import plan as plans
 from blindsum.crypto.trust import policy as policies
 from blindsum.crypto.trust import roster as rosters
-from blindsum.crypto.trust.acceptance import StateClaim, accept_state
-from blindsum.crypto.trust.documents import SignedDocument, fingerprint, parse_signed, sign_document
+from blindsum.crypto.trust.documents import SignedDocument, parse_signed, sign_document
 from blindsum.crypto.trust.envelope import seal_group_key, seal_he_key
 from blindsum.crypto.trust.group_key import GroupKey
 from blindsum.crypto.trust.joining import (
@@ -49,12 +47,7 @@ from blindsum.crypto.trust.joining import (
     REFUSAL_KIND,
     Federation,
     Invitation,
-    JoinBody,
     Refusal,
-    check_request_signature,
-    check_token,
-    prove_owner,
-    token_id,
 )
 from blindsum.crypto.trust.plan import Deadlines, Encoding, Metric, Plan
 from blindsum.crypto.trust.policy import Policy, SchemeName, Weighting
@@ -62,7 +55,6 @@ from blindsum.crypto.trust.roster import HeKey, Roster, RosterEntry
 from blindsum.crypto.trust.strategy import Strategy
 from blindsum.crypto.trust.training_state import (
     TrainingState,
-    open_checkpoint,
     seal_checkpoint,
     sealed_checkpoint_bytes,
 )
@@ -79,56 +71,8 @@ MetricRange = tuple[float, float] | tuple[float, float, float]
 """(low, high) or (low, high, resolution)."""
 
 
-_RUNNING: Final = ("open", "published")
-"""What the aggregator calls a round that hasn't ended."""
-
-
-@dataclass(frozen=True)
-class Application:
-    """A request to be admitted. `problem` says why it can't be, if so."""
-
-    member: str
-    organisation: str
-    request_id: bytes
-    body: JoinBody
-    problem: str = ""
-
-    @property
-    def fingerprint(self) -> str:
-        """What the applicant's device shows too: compare it by telephone."""
-        return fingerprint(self.body.identity)
-
-
-@dataclass(frozen=True)
-class RoundMetrics:
-    """What the metrics of a concluded round were: means over its survivors, which only key holders open."""
-
-    round: int
-    survivors: int
-    means: Mapping[str, float]
-
-
-class Owner:
-    """An open owner's folder. `init` makes one, `open` and `look` open it; `close` it, or use `with`."""
-
-    def __init__(
-        self,
-        folder: OwnerFolder,
-        *,
-        patience: Patience = DEFAULT,
-        now: Callable[[], float] = time.time,
-        stop: threading.Event | None = None,
-    ) -> None:
-        self._folder = folder
-        self.path = folder.path
-        self.federation, self.place = folder.federation, folder.place
-        self._key = folder.key
-        self._now = now
-        try:
-            self._line = EnrolmentLine(self.place.enrolment_address, self.place.ca, patience, stop)
-        except BaseException:
-            folder.close()
-            raise
+class Owner(OwnerView):
+    """An open owner's folder. `init` makes one, `open` opens it; `close` it, or use `with`."""
 
     @classmethod
     def init(
@@ -196,61 +140,15 @@ class Owner:
         """
         return cls(OwnerFolder(Path(folder)), patience=patience, stop=stop)
 
-    @classmethod
+    @staticmethod
     def look(
-        cls,
         folder: str | os.PathLike[str],
         *,
         patience: Patience = DEFAULT,
         stop: threading.Event | None = None,
-    ) -> "Owner":
+    ) -> OwnerView:
         """Open an owner's folder for looking only, also while another process has it open."""
-        return cls(OwnerFolder(Path(folder), read_only=True), patience=patience, stop=stop)
-
-    def close(self) -> None:
-        """Close the connection and unlock the folder."""
-        self._line.close()
-        self._folder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<Owner of {self.federation.name}>"
-
-    # What is in force
-
-    @property
-    def public_key(self) -> bytes:
-        """The owner's public key: the server's operator lists it, members pin it."""
-        return self._key.public
-
-    @property
-    def policy(self) -> Policy:
-        """The policy in force."""
-        return self._folder.policy
-
-    @property
-    def roster(self) -> Roster:
-        """The roster in force."""
-        return self._folder.roster
-
-    @property
-    def plan(self) -> Plan | None:
-        """The newest plan, if any."""
-        return self._folder.plan
-
-    @property
-    def group_key(self) -> GroupKey:
-        """The group key of the roster's epoch."""
-        return self._folder.group_key(self.roster.epoch)
-
-    def signed(self, kind: str) -> SignedDocument:
-        """The newest policy, roster or plan, as it was signed."""
-        return self._folder.signed(kind)
+        return OwnerView(OwnerFolder(Path(folder), read_only=True), patience=patience, stop=stop)
 
     # The aggregator
 
@@ -259,7 +157,6 @@ class Owner:
 
         Raises `Refused` (policy) as long as the operator hasn't allowed the owner key.
         """
-        self._folder.require_writable()
         document = self._folder.signed_federation.to_bytes()
         request = enrolment_pb2.CreateFederationRequest(document=document)
         self._line.call(self._line.stub.CreateFederation, request, what="registering the federation")
@@ -280,7 +177,6 @@ class Owner:
 
     def _send_outbox(self) -> None:
         folder = self._folder
-        folder.require_writable()
         outbox = folder.outbox()
         if outbox is None:
             return
@@ -303,11 +199,6 @@ class Owner:
             folder.keep_plan_epoch(self.roster.epoch)
         folder.empty_outbox()
 
-    def _proof(self, verb: str, *fields: bytes) -> enrolment_pb2.OwnerProof:
-        now = int(self._now())
-        signature = prove_owner(self._key, verb, self.federation.id, now, *fields)
-        return enrolment_pb2.OwnerProof(federation=self.federation.id, time=now, signature=signature)
-
     # Members
 
     def invite(self, member: str, *, days: int = INVITATION_DAYS) -> Path:
@@ -315,7 +206,6 @@ class Owner:
 
         The token in it admits one member. Inviting again replaces the token.
         """
-        self._folder.require_writable()
         if member in self.roster.position:
             raise DocumentError(f"{member!r} is a member already; choose another name, or remove it first")
         invitation = _checked(
@@ -332,51 +222,12 @@ class Owner:
         )
         return self._folder.keep_invitation(invitation)
 
-    def invited(self) -> list[str]:
-        """Names that have an open invitation."""
-        return self._folder.invited()
-
     def withdraw(self, *members: str) -> list[str]:
         """Withdraw open invitations: their tokens admit nobody any more. Which there were."""
-        self._folder.require_writable()
         there = [member for member in members if self._folder.invitation(member) is not None]
         for member in there:
             self._folder.drop_invitation(member)
         return there
-
-    def pending(self, *, again_within: int = 0) -> list[Application]:
-        """Requests that wait for an answer, each checked: signature, invitation, token, date.
-
-        `again_within`: the owner asks again within so many seconds; applicants hear that somebody watches.
-        """
-        request = enrolment_pb2.ListJoinRequestsRequest(
-            proof=self._proof("ListJoinRequests"), again_within=again_within
-        )
-        answer = self._line.call(self._line.stub.ListJoinRequests, request, what="listing the requests")
-        found = [one for one in map(self._application, answer.pending) if one is not None]
-        return sorted(found, key=lambda one: (one.member, one.request_id))
-
-    def _application(self, pending: enrolment_pb2.ListJoinRequestsResponse.Pending) -> Application | None:
-        try:
-            body = decode_document(pending.body, JoinBody, "a join request")
-        except Refused as refusal:
-            # An honest aggregator relays none of these; one bad request mustn't hide the others.
-            _log.warning("the aggregator relayed a join request that isn't one: %s", refusal.text)
-            return None
-        problem = ""
-        try:
-            check_request_signature(body.identity, pending.signature, pending.body)
-            invitation = self._folder.invitation(body.id)
-            if body.federation != self.federation.id:
-                raise Refused(RefusalReason.POLICY, "it is for another federation")
-            if invitation is None or token_id(invitation.token) != pending.token_id:
-                raise Refused(RefusalReason.POLICY, "there is no such invitation")
-            if self._now() > invitation.valid_until:
-                raise Refused(RefusalReason.EXPIRED, "its invitation has expired")
-            check_token(invitation.token, pending.token_mac, pending.body)
-        except Refused as refusal:
-            problem = refusal.text
-        return Application(body.id, body.organisation, pending.request_id, body, problem)
 
     def admit(self, *members: str, keys: Collection[str] = ()) -> list[str]:
         """Admit applicants by name (all whose request is in order, if none is named); who was admitted.
@@ -426,7 +277,6 @@ class Owner:
 
     def refuse(self, member: str, reason: str, fingerprint: str = "") -> int:
         """Refuse every waiting request under this name (of this key, if given); how many there were."""
-        self._folder.require_writable()
         refused = [
             sign_document(
                 self._key,
@@ -505,11 +355,6 @@ class Owner:
         self._publish_state(state, group, signed)
         return signed
 
-    @property
-    def rotation_unfinished(self) -> bool:
-        """The keys have changed, and the plan doesn't go on under them yet."""
-        return self.plan is not None and 0 < self._folder.plan_epoch < self.roster.epoch
-
     def finish_rotation(self, *, wait: bool = True) -> bool:
         """Let the plan go on under the roster's keys, once the running round has ended; True when it does.
 
@@ -530,11 +375,6 @@ class Owner:
         else:
             self._folder.keep_plan_epoch(roster.epoch)
         return True
-
-    def round_running(self) -> bool:
-        """Whether a round runs, as the aggregator says."""
-        rounds = self.status().rounds
-        return bool(rounds) and rounds[0].outcome.partition(":")[0].partition(" ")[0] in _RUNNING
 
     def _begin(self) -> None:
         """Finish what an earlier command didn't: raises `DocumentError` where that isn't possible yet."""
@@ -751,80 +591,6 @@ class Owner:
         self._line.retry(
             lambda: self._line.stub.PublishCheckpoint(parts()), what="publishing the first state"
         )
-
-    # Looking
-
-    def status(self) -> enrolment_pb2.GetStatusResponse:
-        """What the aggregator says is going on: members, rounds, steps. Nothing that is sealed."""
-        request = enrolment_pb2.GetStatusRequest(proof=self._proof("GetStatus"))
-        answer: enrolment_pb2.GetStatusResponse = self._line.call(
-            self._line.stub.GetStatus, request, what="getting the status"
-        )
-        return answer
-
-    def model(self) -> dict[str, Any]:
-        """The newest model, opened with the group key, in the plan's kind of state dict."""
-        plan = self.plan
-        if plan is None:
-            raise DocumentError("there is no plan yet; start one")
-        framework: Literal["numpy", "torch"] = (
-            "torch" if plan.settings.get(FRAMEWORK_SETTING) == "torch" else "numpy"
-        )
-        state = self._newest_state()
-        return dress(state.layout, state.tensors(), framework)
-
-    def history(self) -> list[RoundMetrics]:
-        """The metrics of the plan's newest rounds, oldest first, opened from the newest training state.
-
-        They travelled inside the sums; the aggregator never saw them. Fetches the sealed state: as many
-        bytes as the model has.
-        """
-        plan = self.plan
-        if plan is None:
-            return []
-        names = [metric.name for metric in plan.encoding.metrics]
-        return [
-            RoundMetrics(past.round, past.survivors, past.metrics(names))
-            for past in self._newest_state().history
-        ]
-
-    def _newest_state(self) -> TrainingState:
-        """The newest training state, verified as a member verifies it."""
-        plan, policy = self.plan, self.policy
-        if plan is None:
-            raise DocumentError("there is no plan yet; start one")
-        info, sealed = self._line.retry(self._owner_checkpoint, what="getting the checkpoint")
-        claim = StateClaim.parse(info.claim)
-        roster = self._folder.earlier_roster(info.roster)
-        accept_state(
-            claim,
-            roster=roster,
-            plan=plan,
-            plan_digest=self.signed(plans.KIND).digest,
-            n_min=policy.n_min,
-            index=info.state_round,
-        )
-        return open_checkpoint(
-            sealed,
-            self._folder.group_key(roster.epoch),
-            claim.h1,
-            federation=self.federation.id,
-            index=claim.index,
-            digest=claim.digest,
-        )
-
-    def _owner_checkpoint(self) -> tuple[enrolment_pb2.CheckpointInfo, list[bytes]]:
-        request = enrolment_pb2.GetOwnerCheckpointRequest(proof=self._proof("GetOwnerCheckpoint"))
-        info: enrolment_pb2.CheckpointInfo | None = None
-        pieces: list[bytes] = []
-        for part in self._line.stub.GetOwnerCheckpoint(request):
-            if part.WhichOneof("part") == "info":
-                info = part.info
-            else:
-                pieces.append(part.data)
-        if info is None:
-            raise StateMismatch("the aggregator sent a checkpoint without saying of which state")
-        return info, pieces
 
 
 def replace_document(document: D, **changes: Any) -> D:

@@ -103,11 +103,6 @@ class OwnerFolder:
         if self._lock is not None:
             self._lock.release()
 
-    def require_writable(self) -> None:
-        """Raises `FolderError` for a folder that was opened for looking only."""
-        if self._lock is None:
-            raise FolderError(f"{self.path} was opened for looking only; open it with Owner.open")
-
     # Keys
 
     def group_key(self, epoch: int) -> GroupKey:
