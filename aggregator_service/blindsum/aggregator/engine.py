@@ -99,6 +99,8 @@ class FederationEngine:
         self.presence = Presence(around.clock, self.wake)
         self._started_ms = around.clock.now_ms()
         self._last_number = 0
+        self._taken_up = 0
+        """The round that an earlier process left."""
         self._aborts = 0
         self._exclude_next: frozenset[str] = frozenset()
         self._not_before_ms = 0
@@ -201,6 +203,7 @@ class FederationEngine:
             ) from error
         run = self._make_run(record, bound)
         self.run = run
+        self._taken_up = record.number
         try:
             await run.rebuild(first=True)
         except StorageFailed:
@@ -505,15 +508,16 @@ class FederationEngine:
         if run.step == run.first_step:
             if len(machine.replied) >= run.terms.bound.header.n_max:
                 return []
-            expected &= self.presence.ready() | self._coming_back(expected)
+            expected &= self.presence.ready() | self._coming_back(run, expected)
             if not expected and len(machine.replied) < self._quorum(run):
                 # Nobody who is there is missing, but there are too few: wait for others, or the deadline.
                 return sorted(set(machine.participants) - machine.replied - run.revoked) or [""]
         return sorted(expected)
 
-    def _coming_back(self, members: set[str]) -> set[str]:
-        """Those who haven't had the time to connect to this process yet, which may have just started."""
-        if self._around.clock.now_ms() >= self._started_ms + int(1000 * self._settings.presence_grace):
+    def _coming_back(self, run: RoundRun, members: set[str]) -> set[str]:
+        """Of a round that an earlier process opened: who hasn't had the time to connect to this one."""
+        until = self._started_ms + int(1000 * self._settings.presence_grace)
+        if run.number != self._taken_up or self._around.clock.now_ms() >= until:
             return set()
         return {member for member in members if self.presence.absent_since(member, -1) == -1}
 
