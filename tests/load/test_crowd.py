@@ -148,7 +148,8 @@ async def take_part(
     began = time.perf_counter()
     for watcher in watchers:
         watcher.latest = await watcher.notices.get()
-    print(f"{len(watchers)} members connected after {time.perf_counter() - began:.1f} s")
+    took = time.perf_counter() - began
+    print(f"{len(watchers)} members connected after {took:.1f} s; {server.peak_mb():.0f} MB")
 
     plan = owner.make_plan(
         dimension=4 * MB // 8,
@@ -163,7 +164,7 @@ async def take_part(
     began = time.perf_counter()
     await asyncio.to_thread(owner.publish_plan, plan)
     await asyncio.gather(*(watcher.until("advertise") for watcher in watchers))
-    print(f"all told of the round after {time.perf_counter() - began:.1f} s")
+    print(f"all told of the round after {time.perf_counter() - began:.1f} s; {server.peak_mb():.0f} MB")
 
     cohort = watchers[:uploading]
     names = [applicant.name for applicant in applicants]

@@ -9,6 +9,8 @@ import sys
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+_ARENAS = 2
 
 
 def keep_large_buffers(mmap_threshold: int = 64 << 20, trim_threshold: int = 256 << 20) -> bool:
@@ -26,7 +28,8 @@ def keep_large_buffers(mmap_threshold: int = 64 << 20, trim_threshold: int = 256
     mallopt.restype = ctypes.c_int
     # glibc caps the mmap threshold at 32 MiB on 64-bit machines when a larger value is refused.
     mapped = mallopt(_M_MMAP_THRESHOLD, mmap_threshold) or mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-    return bool(mapped and mallopt(_M_TRIM_THRESHOLD, trim_threshold))
+    # gRPC's threads and ours hand buffers to each other: an arena for each would keep its own stock of them.
+    return bool(mapped and mallopt(_M_TRIM_THRESHOLD, trim_threshold) and mallopt(_M_ARENA_MAX, _ARENAS))
 
 
 def settle_collector() -> None:

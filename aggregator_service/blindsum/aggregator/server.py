@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 _REGISTRY = "blindsum.crypto.schemes.registry:scheme"
 _THREADS = 16
 LIVE, READY = "live", "ready"
+_HANDSHAKE_MS = 10_000
+_IDLE_MS = 300_000
+"""Connections of strangers end after these; a member that waits has a watch stream open."""
 _WORKING = ("", READY, "blindsum.proto.v1.RoundService", "blindsum.proto.v1.EnrolmentService")
 """Health services that serve only while the server is ready; `LIVE` serves as long as it answers."""
 
@@ -333,6 +336,10 @@ class AggregatorServer:
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_metadata_size", 8192),
                 ("grpc.max_concurrent_streams", 64),
+                # More connections than calls are of no use to anyone who means to call.
+                ("grpc.max_allowed_incoming_connections", self.settings.max_calls),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+                ("grpc.max_connection_idle_ms", _IDLE_MS),
                 # One process owns the port: a second server by mistake must fail, not share it.
                 ("grpc.so_reuseport", 0),
                 *TRANSPORT_OPTIONS,

@@ -8,9 +8,11 @@ member and round.
 """
 
 import asyncio
+import contextlib
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any, NoReturn, Protocol, TypeAlias
 
@@ -69,10 +71,42 @@ class Gate(Protocol):
         """The caller. Raises `Refused`."""
 
 
+CALLS_PER_MEMBER = 48
+"""Calls of one member in progress at a time, on all of its connections; the SDK needs five."""
+
+
+class _Callers:
+    """How many calls each member has in progress, so that one can't take up what is there for all."""
+
+    def __init__(self) -> None:
+        self._calls: Counter[tuple[bytes, str]] = Counter()
+
+    @contextlib.contextmanager
+    def one_more(self, caller: Any) -> Iterator[None]:
+        """A call of this member. Raises `Refused` (limit); callers without a certificate aren't counted."""
+        if caller is None:
+            yield
+            return
+        key = (caller.federation, caller.member)
+        if self._calls[key] >= CALLS_PER_MEMBER:
+            raise Refused(
+                RefusalReason.LIMIT, f"{caller.member} has {CALLS_PER_MEMBER} calls in progress; end some"
+            )
+        self._calls[key] += 1
+        try:
+            yield
+        finally:
+            self._calls[key] -= 1
+            if not self._calls[key]:
+                del self._calls[key]
+
+
 class _Call:
     """One call: what is bound to its log lines, and how it ends."""
 
-    def __init__(self, method: str, context: Context, observer: CallObserver) -> None:
+    def __init__(self, method: str, context: Context, observer: CallObserver, callers: _Callers) -> None:
+        self._callers = callers
+        self._counted = contextlib.ExitStack()
         self._method = method
         self._context = context
         self._observer = observer
@@ -86,6 +120,7 @@ class _Call:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._counted.close()
         outcome = "ok" if kind is None else self._outcome
         self._observer.finished(self._method, outcome, time.monotonic() - self._began)
 
@@ -93,6 +128,7 @@ class _Call:
         """The caller, by whom the log lines of this call are known from now on."""
         try:
             self._caller = caller = gate(self._context)
+            self._counted.enter_context(self._callers.one_more(caller))
         except Exception as error:
             await self.fail(error)
         if caller is not None:
@@ -145,7 +181,7 @@ class _Call:
 
 
 def _wrap(
-    method: MethodDescriptor, service: Any, gate: Gate, observer: CallObserver
+    method: MethodDescriptor, service: Any, gate: Gate, observer: CallObserver, callers: _Callers
 ) -> "grpc.RpcMethodHandler[Any, Any]":
     request_kind: type[Message] = GetMessageClass(method.input_type)
     behaviour_of: Callable[..., Any] = getattr(service, method.name)
@@ -169,17 +205,17 @@ def _wrap(
             await call.fail(error)
 
     async def unary_unary(raw: bytes, context: Context) -> Message:
-        with _Call(name, context, observer) as call:
+        with _Call(name, context, observer, callers) as call:
             caller = await call.admit(gate)
             return await answer_one(behaviour_of(await call.decode(request_kind, raw), caller), call)
 
     async def stream_unary(stream: AsyncIterator[bytes], context: Context) -> Message:
-        with _Call(name, context, observer) as call:
+        with _Call(name, context, observer, callers) as call:
             caller = await call.admit(gate)
             return await answer_one(behaviour_of(messages(stream), caller), call)
 
     async def unary_stream(raw: bytes, context: Context) -> AsyncIterator[Message]:
-        with _Call(name, context, observer) as call:
+        with _Call(name, context, observer, callers) as call:
             caller = await call.admit(gate)
             request = await call.decode(request_kind, raw)
             try:
@@ -212,7 +248,9 @@ def strict_handler(
 ) -> Any:
     """Handlers of every method of a service. `service` has a coroutine (or, where the response is a
     stream, an async generator) of the same name for each: `Method(request, caller)`."""
+    callers = _Callers()
     handlers = {
-        method.name: _wrap(method, service, gate, observer or _Nobody()) for method in descriptor.methods
+        method.name: _wrap(method, service, gate, observer or _Nobody(), callers)
+        for method in descriptor.methods
     }
     return grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
