@@ -162,6 +162,21 @@ def bench_he_command(
     write_json(figures, json)
 
 
+@app.command("tail")
+def bench_tail_command(
+    images: Annotated[int, typer.Option(min=1, max=624, help="Test images to ask about.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Which of the clinics' tails to train.")] = 0,
+    json: Json = None,
+) -> None:
+    """An encrypted answer of the inference service: CPU, bytes, round trip, beside TenSEAL's mm."""
+    from blindsum.bench.tail_service import bench_tail, show_tail  # noqa: PLC0415
+
+    with progress_bar() as progress:
+        figures = bench_tail(images, seed, progress)
+    show_tail(figures, _console(json))
+    write_json(figures, json)
+
+
 @app.command("all")
 def bench_all_command(
     sizes: Annotated[
@@ -244,6 +259,43 @@ def bench_ingest_command(
     with progress_bar() as progress:
         figures = bench_ingest(sizes, at_once, directory, progress)
     show_ingest(figures, _console(json))
+    write_json(figures, json)
+
+
+@app.command("commits")
+def bench_commits_command(
+    in_flight: Annotated[int, typer.Option(min=1, help="Acknowledgements that wait at the same time.")] = 100,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each kind runs.")] = 6.0,
+    directory: Annotated[
+        Path | None, typer.Option(help="Whose disk is measured; the system's temporary directory.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Durable acknowledgements: how many share a commit, beside a bare loop of commits on the same disk."""
+    from blindsum.bench.commits import bench_commits, show_commits  # noqa: PLC0415
+
+    with progress_bar() as progress:
+        figures = bench_commits(in_flight, seconds, directory, progress)
+    show_commits(figures, _console(json))
+    write_json(figures, json)
+
+
+@app.command("round")
+def bench_round_command(
+    members: Annotated[int, typer.Option(min=3, help="Members of the federation.")] = 7,
+    dim: Dim = 24_000,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds; the first is apart.")] = 8,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where everyone's files lie; the system's temporary directory.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Masking rounds on the clock: a server process and members of the SDK on loopback, training apart."""
+    from blindsum.bench.round_wall import bench_round, show_round  # noqa: PLC0415
+
+    with progress_bar() as progress:
+        figures = bench_round(members, dim, rounds, directory, progress)
+    show_round(figures, _console(json))
     write_json(figures, json)
 
 
