@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import sqlite3
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,6 +198,17 @@ def test_an_archive_that_leads_elsewhere_is_refused(
     with pytest.raises(BlindsumError, match="isn't a backup"):
         restore(target, tmp_path / "deep" / "restored")
     assert list(tmp_path.rglob("outside")) == []
+
+
+def test_what_a_killed_backup_left_is_removed_some_day(
+    midway: tuple[ServerHandle, Scene], tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    for name, age in (("backup-old", 2 * 86_400), ("backup-running", 60)):
+        (data / name / "blobs").mkdir(parents=True)
+        os.utime(data / name, (time.time() - age, time.time() - age))
+    back_up(data, tmp_path / "backup.tar")
+    assert [path.name for path in data.glob("backup-*")] == ["backup-running"]
 
 
 def test_a_damaged_state_isnt_put_over_a_good_backup(

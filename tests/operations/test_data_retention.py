@@ -1,8 +1,8 @@
 """Old sums, states and logs go; the newest state, the history and the audit stay."""
 
 import asyncio
+import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from blindsum.aggregator.embedding import ServerHandle
@@ -144,13 +144,23 @@ def test_leftovers_go(trained: tuple[ServerHandle, Scene]) -> None:
     assert blobs(handle, "checkpoint") < states
 
 
-def test_it_runs_by_itself(run_server: Run, build: Build, tmp_path: Path) -> None:
+def test_it_runs_by_itself(run_server: Run, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     handle = run_server(retention_seconds=0.1, keep_days=1e-9)
+    blobs_of_server = handle.server.blobs
+    deleted = threading.Event()
+    delete = blobs_of_server.delete
+
+    def delete_and_tell(name: str) -> None:
+        delete(name)
+        deleted.set()
+
+    monkeypatch.setattr(blobs_of_server, "delete", delete_and_tell)
     scene = build(handle, rounds=2)
     scene.run_steps(1)
     scene.conclude(1)
     scene.members[0].until_asked("advertise", 2)
-    result = tmp_path / "data" / "blobs" / "result"
-    while any(result.iterdir()):  # the test's time limit ends this
-        scene.members[0].until(lambda _: True)
+    # The rows of a round go before its blobs.
+    while blobs(handle, "result"):
+        assert deleted.wait(20)
+        deleted.clear()
     assert handle.server.store.find(ReplyRecord, round=1) == []

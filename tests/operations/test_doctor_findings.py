@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 Run = Callable[..., ServerHandle]
 Build = Callable[..., Scene]
 DAY = 86_400
+DISK_KIND = doctor._disk_kind
 
 
 @pytest.fixture(autouse=True)
@@ -206,6 +207,23 @@ def test_a_stopped_server_is_examined_too(
     assert "blobs are gone" in only(examine(settings), "state", "failure").text
     (settings.data_dir / "state.sqlite").write_bytes(b"not a database" * 1000)
     assert examine(settings).exit_code == 1
+
+
+@pytest.mark.parametrize(("kind", "verdict"), [("nfs4", "failure"), ("tmpfs", "warning")])
+def test_the_kind_of_disk_matters(
+    running: tuple[ServerHandle, Scene, AggregatorSettings],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    verdict: str,
+) -> None:
+    _, scene, settings = running
+    sign_for_longer(scene)
+    monkeypatch.setattr(doctor, "_disk_kind", lambda _: kind)
+    assert kind in only(examine(settings), "directory", verdict).text
+
+
+def test_the_kind_of_disk_is_read_from_the_system() -> None:
+    assert DISK_KIND(Path("/proc/self")) == "proc"
 
 
 def test_a_federation_that_cant_train_is_explained(

@@ -16,6 +16,7 @@ import shutil
 import sqlite3
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -50,6 +51,8 @@ ROUNDS_SKIPPED = 1000
 _AUTHORITY = ("transport_ca.key", "transport_ca.pem")
 _WHOLE_ROOMS = ("example", "model")
 """What lies there doesn't hang on a round: all of it goes in."""
+_ASIDE = "backup-"
+_DAY = 86_400
 _TRIES = 20
 _PART = 1 << 20
 
@@ -102,7 +105,11 @@ def back_up(data: Path, target: Path, *, replace: bool = False) -> BackupContent
     if target.exists() and not replace:
         raise BlindsumError(f"{target} is there already; name a new file, or say --replace")
     try:
-        aside = Path(tempfile.mkdtemp(prefix="backup-", dir=data))
+        for left in data.glob(f"{_ASIDE}*"):
+            # Links of a backup that was killed: they keep deleted blobs on the disk.
+            if time.time() - left.stat().st_mtime > _DAY:
+                shutil.rmtree(left, ignore_errors=True)
+        aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=data))
     except OSError as error:
         raise StorageFailed(f"{data} can't be written: {error.strerror}") from None
     try:

@@ -24,7 +24,7 @@ from blindsum.aggregator.store.records import (
     EventRecord,
     RoundRecord,
 )
-from blindsum.aggregator.store.state import Advance, Append, Change, Insert, Put
+from blindsum.aggregator.store.state import Advance, Append, Change, Delete, Insert, Put
 from blindsum.crypto.errors import RefusalReason
 from cryptography import x509
 from prometheus_client import (
@@ -179,6 +179,13 @@ class ServiceMetrics:
         for change in changes:
             if isinstance(change, Append):
                 self._event(change.event)
+            elif isinstance(change, Delete) and change.kind is ContributionRecord:
+                # A member was removed while its upload waited.
+                gone = dict(change.where)
+                for place in list(self._accepted):
+                    found = dict(zip(("federation", "round", "member"), place, strict=True))
+                    if gone.items() <= found.items():
+                        del self._accepted[place]
             elif isinstance(change, (Insert, Put, Advance)):
                 record = change.record
                 if isinstance(record, RoundRecord):
