@@ -7,6 +7,7 @@ second become thousands of acknowledgements.
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import queue
 import sqlite3
 import threading
@@ -31,13 +32,18 @@ from blindsum.aggregator.store.state import (
 R = TypeVar("R", bound=Record)
 
 SCHEMA_VERSION = 2
-_GROUP = 1024
+_GROUP = 48
+"""Most in one commit: while it is made durable, those of the one before are heard and come back."""
 _BUSY_MS = 5000
 _COLUMN = {bytes: "BLOB NOT NULL", str: "TEXT NOT NULL", int: "INTEGER NOT NULL"}
 
 
-def _columns(kind: type[Record]) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)]
+_names: Any = functools.cache(lambda kind: tuple(field.name for field in dataclasses.fields(kind)))
+
+
+def _columns(kind: type[Record]) -> tuple[str, ...]:
+    found: tuple[str, ...] = _names(kind)
+    return found
 
 
 def _table(kind: type[Record]) -> str:
@@ -205,17 +211,22 @@ class SqliteState:
                 loop.call_soon_threadsafe(_deliver, outcomes)
 
     def _apply(self, changes: tuple[Change, ...]) -> Exception | None:
-        self._writer.execute("SAVEPOINT job")
+        # A single statement that fails changes nothing by itself; most acknowledgements are one.
+        several = len(changes) > 1 or any(isinstance(change, Append) for change in changes)
+        if several:
+            self._writer.execute("SAVEPOINT job")
         try:
             for change in changes:
                 self._apply_one(change)
         except (sqlite3.IntegrityError, Taken, OverflowError) as error:
-            self._writer.execute("ROLLBACK TO job")
-            self._writer.execute("RELEASE job")
+            if several:
+                self._writer.execute("ROLLBACK TO job")
+                self._writer.execute("RELEASE job")
             if isinstance(error, OverflowError):
                 return StorageFailed("a record holds a number that can't be stored")
             return error if isinstance(error, Taken) else Taken(f"a record is there already: {error}")
-        self._writer.execute("RELEASE job")
+        if several:
+            self._writer.execute("RELEASE job")
         return None
 
     def _apply_one(self, change: Change) -> None:
@@ -248,12 +259,11 @@ class SqliteState:
             self._store("INSERT" if isinstance(change, Insert) else "INSERT OR REPLACE", change.record)
 
     def _store(self, verb: str, record: Record) -> None:
-        names = _columns(type(record))
+        kind = type(record)
+        values = tuple(getattr(record, name) for name in _columns(kind))
+        names = _columns(kind)
         marks = ", ".join("?" for _ in names)
-        self._writer.execute(
-            f"{verb} INTO {_table(type(record))} ({', '.join(names)}) VALUES ({marks})",
-            tuple(getattr(record, name) for name in names),
-        )
+        self._writer.execute(f"{verb} INTO {_table(kind)} ({', '.join(names)}) VALUES ({marks})", values)
 
 
 def _deliver(outcomes: list[tuple["asyncio.Future[None]", Exception | None]]) -> None:
