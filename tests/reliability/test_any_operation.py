@@ -130,13 +130,14 @@ class FaultsThatStop(Operations):
     stops = True
 
 
-def run(machine: type[Operations], examples: int, steps: int) -> None:
+def run(machine: type[Operations], examples: int, steps: int, *, same_each_time: bool = True) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         machine,
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
             deadline=None,
+            derandomize=same_each_time,
             suppress_health_check=list(HealthCheck),
         ),
     )
@@ -153,8 +154,8 @@ def test_when_faults_stop_the_round_ends_by_its_deadline_and_training_goes_on() 
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", [Operations, FaultsThatStop])
 def test_many_operations(machine: type[Operations]) -> None:
-    """As many as OPERATIONS says, else what takes some ten minutes each."""
-    run(machine, int(os.environ.get("OPERATIONS", "400")), 60)
+    """Other lists each time, as many as OPERATIONS says, else what takes some minutes each."""
+    run(machine, int(os.environ.get("OPERATIONS", "400")), 60, same_each_time=False)
 
 
 def reproduce(machine: type[Operations], *steps: Callable[[Operations], None]) -> None:
@@ -165,3 +166,22 @@ def reproduce(machine: type[Operations], *steps: Callable[[Operations], None]) -
             step(state)
     finally:
         state.teardown()
+
+
+def test_found_a_sum_that_was_cut_on_the_disk_was_tried_again_for_ever() -> None:
+    """It aborts the round now, like any other damage, and the next one concludes."""
+    reproduce(
+        FaultsThatStop,
+        lambda state: state.everyone_acts(),
+        lambda state: state.everyone_acts(),
+        *(lambda state, member=member: state.act(member) for member in range(3)),  # type: ignore[misc]
+        lambda state: state.corrupt(1, "cut"),
+    )
+
+
+def test_found_a_server_that_died_while_it_started_left_its_database_open() -> None:
+    reproduce(
+        FaultsThatStop,
+        lambda state: state.everyone_acts(),
+        *(lambda state, changes=changes: state.kill_and_restart(changes) for changes in range(6)),  # type: ignore[misc]
+    )
