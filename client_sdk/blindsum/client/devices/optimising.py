@@ -152,10 +152,11 @@ def optimise(
     if FULL_WIDTH not in by_width:
         raise ValueError("the networks by width include the full one, 1.0: the others are compared with it")
     used = [backend(name) for name in profile.backends] if backends is None else list(backends)
+    by_name = {one.name: one for one in used}
     reference = score(_torch_outputs(by_width[FULL_WIDTH], inputs), labels)
     candidates = []
     for width, network in sorted(by_width.items(), reverse=True):
-        fp32 = backend(FP32).build(network, calibration)
+        fp32 = (by_name.get(FP32) or backend(FP32)).build(network, calibration)
         for one in used:
             artefact = fp32 if one.name == FP32 else one.build(network, calibration)
             measured = measure(one.name, artefact, inputs, profile.threads)

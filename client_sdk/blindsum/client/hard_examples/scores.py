@@ -144,7 +144,7 @@ class Novelty:
                 group, _, name = key.rpartition("/")
                 found.setdefault(group, {})[name] = value if value.ndim else float(value)
             return cls({group: _Distance(**part) for group, part in found.items()}, familiar)
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (EOFError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise Refused(
                 RefusalReason.MALFORMED, f"this isn't a stored novelty score: {type(error).__name__}"
             ) from None

@@ -71,7 +71,8 @@ class IncrementalPlan:
     reported.
 
     `steps` gradient steps of `batch` images, half of them replay. `looks` is how many of its own images the
-    hospital adds in the look of each flagged clinic's scanner.
+    hospital adds in the look of each flagged clinic's scanner; together they count as much as the images that
+    the clinic forwarded.
     """
 
     steps: int = 600
@@ -138,7 +139,7 @@ def hard_examples(
     version.
 
     `folders` are the member folders of the cohort by site, connected to a running aggregator. `on_step` is
-    told what happens. Takes about 15 seconds a seed on one core.
+    told what happens. Takes about half a minute a seed on one core, exports included.
     """
     model = network_of(hospital)
     site = load_site(HOSPITAL, seed)
@@ -207,7 +208,7 @@ def learn(
     """A copy of the hospital's model, trained on the forwarded examples with replay of its own images.
 
     A site's examples are drawn as often as the model is wrong about them (its mean loss). For each flagged
-    site the hospital's own images in the look of that site's scanner count as much as the site's examples.
+    site the hospital adds its own images in the look of that site's scanner.
     """
     learnt = network_of(model.state_dict())
     own = torch.from_numpy(site.train.pixels)
