@@ -72,10 +72,13 @@ class Collected:
 
 
 class ClinicsDemo:
-    """One run of the demo."""
+    """One run of the demo. `while_served` is called when the sites are done and the aggregator still runs."""
 
-    def __init__(self, settings: Settings, console: Console) -> None:
+    def __init__(
+        self, settings: Settings, console: Console, while_served: Callable[[], None] = lambda: None
+    ) -> None:
         self._settings = settings
+        self._while_served = while_served
         self._out = settings.folder
         self._capture = self._out / "server-saw"
         self._said = Collected()
@@ -120,6 +123,7 @@ class ClinicsDemo:
             self._each(sites, {"do": "evaluate"})
             for site in sites:
                 self._children.end(site)
+            self._while_served()
             self._children.end("aggregator")
             view.stage("checking every sum, and searching what the server saw")
             outcome = self._outcome()

@@ -19,15 +19,15 @@ _COLOURS = {
     "fedavg": "#c06c84",
     "personalised": "#2a9d62",
 }
-_INK = "#7a8794"
+INK = "#7a8794"
 """One grey that is readable on light and on dark."""
 
-_STYLE: Any = {
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+STYLE: Any = {
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "font.size": 9,
@@ -37,7 +37,7 @@ _STYLE: Any = {
 }
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as an <svg> element."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
@@ -45,7 +45,8 @@ def _svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _accuracy_by_site(outcome: Outcome) -> str:
+def accuracy_by_site(outcome: Outcome) -> str:
+    """Bars of every way at every site, as an <svg> element."""
     figure = Figure(figsize=(9, 3.4))
     axes = figure.subplots()
     ways = [way for way in WAYS if all(way in site.accuracy for site in outcome.sites)]
@@ -60,10 +61,10 @@ def _accuracy_by_site(outcome: Outcome) -> str:
         )
     axes.set_xticks(range(len(outcome.sites)), [f"{s.name}\n{s.examples} images" for s in outcome.sites])
     axes.set_ylim(40, 100)
-    axes.axhline(50, color=_INK, linewidth=0.6, linestyle=":")
+    axes.axhline(50, color=INK, linewidth=0.6, linestyle=":")
     axes.set_ylabel("balanced accuracy, %")
     axes.legend(ncols=len(ways), loc="upper center", bbox_to_anchor=(0.5, 1.16))
-    return _svg(figure)
+    return svg(figure)
 
 
 def _accuracy_over_rounds(outcome: Outcome) -> str:
@@ -78,13 +79,13 @@ def _accuracy_over_rounds(outcome: Outcome) -> str:
         axes.plot(
             range(1, len(values) + 1),
             values,
-            color=_COLOURS.get(plan, _INK),
+            color=_COLOURS.get(plan, INK),
             label=WAY_TITLES.get(plan, plan),
         )
     axes.set_xlabel("round")
     axes.set_ylabel("clinic mean after local steps, validation, %")
     axes.legend()
-    return _svg(figure)
+    return svg(figure)
 
 
 def _time_by_phase(outcome: Outcome) -> str:
@@ -103,7 +104,7 @@ def _time_by_phase(outcome: Outcome) -> str:
     axes.set_xlabel("seconds a round (mean)")
     for place, value in enumerate(means.values()):
         axes.annotate(f"{value:.2f}", (value, place), xytext=(4, 0), textcoords="offset points", va="center")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _bytes_by_round(outcome: Outcome) -> str:
@@ -121,10 +122,10 @@ def _bytes_by_round(outcome: Outcome) -> str:
     axes.set_xlabel("kB up, one member, one round")
     for place, value in enumerate((plain, measured)):
         axes.annotate(f"{value:.1f}", (value, place), xytext=(4, 0), textcoords="offset points", va="center")
-    return _svg(figure)
+    return svg(figure)
 
 
-def _picture(rows: list[list[float]]) -> str:
+def picture(rows: list[list[float]]) -> str:
     """A grey picture as a data URI: each value a pixel."""
     figure = Figure(figsize=(2.4, 2.4), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -138,7 +139,7 @@ def _picture(rows: list[list[float]]) -> str:
 def write_report(outcome: Outcome, path: Path) -> None:
     """Write the report of a run to `path`."""
     ways = [way for way in WAYS if all(way in site.accuracy for site in outcome.sites)]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         page = (
             jinja2.Environment(autoescape=True, trim_blocks=True)
             .from_string(files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8"))
@@ -148,12 +149,12 @@ def write_report(outcome: Outcome, path: Path) -> None:
                 ways=ways,
                 titles=WAY_TITLES,
                 best={site.name: max(site.accuracy[way] for way in ways) for site in outcome.sites},
-                by_site=_accuracy_by_site(outcome),
+                by_site=accuracy_by_site(outcome),
                 over_rounds=_accuracy_over_rounds(outcome),
                 by_phase=_time_by_phase(outcome),
                 by_bytes=_bytes_by_round(outcome),
-                update_picture=_picture(outcome.leak_scan.update_picture),
-                wire_picture=_picture(outcome.leak_scan.wire_picture),
+                update_picture=picture(outcome.leak_scan.update_picture),
+                wire_picture=picture(outcome.leak_scan.wire_picture),
             )
         )
     path.write_text(page, encoding="utf-8")
