@@ -16,12 +16,15 @@ from blindsum.bench.federation_round import Progress, RoundCost, run_round, with
 from blindsum.bench.federation_setup import Federation, Work, found_federation
 from blindsum.bench.figures_output import rate, seconds, show_table, size
 from blindsum.bench.he_baseline import ckks_default, textbook_paillier
-from blindsum.bench.machine import machine, versions
+from blindsum.bench.machine import cores, machine, versions
+from blindsum.client.frame_workers import FrameWorkers
 from blindsum.crypto.schemes.homomorphic.cipher import member_cipher
+from blindsum.crypto.schemes.homomorphic.worker_cipher import PieceWork
 from blindsum.crypto.schemes.registry import scheme
 from rich.console import Console
 
 _WORTH_SAYING_S = 10.0
+_SPEEDUP_RUNS = 4
 
 
 def bench_he(work: Work, runs: int, threads: int, baseline: bool, progress: Progress) -> dict[str, Any]:
@@ -37,6 +40,9 @@ def bench_he(work: Work, runs: int, threads: int, baseline: bool, progress: Prog
         costs.append(run_round(federation, threads, within(progress, f"run {run + 1}")))
     figures = _figures(federations, costs)
     figures["threads"] = threads
+    if work.scheme == "paillier":
+        progress("one worker against all", 0, 1)
+        figures["speedup"] = worker_speedup(federations[-1])
     if baseline and work.scheme == "paillier":
         progress("textbook Paillier", 0, 1)
         figures["baseline"] = textbook_paillier(work.bits, runs, work.modulus_bits)
@@ -70,6 +76,35 @@ def _announce(federation: Federation, runs: int) -> None:
         f"one core, this benchmark about {total:.0f} s. For models of this size choose bfv or masking.",
         file=sys.stderr,
     )
+
+
+def worker_speedup(federation: Federation) -> dict[str, Any]:
+    """By how much all cores are faster than one (wall time of a frame, least of some interleaved runs)."""
+    parameters, name = federation.parameters, next(iter(federation.keys))
+    assert parameters is not None
+    work = PieceWork(parameters, federation.terms.he_public, federation.keys[name].he_secret)
+    fields = np.ones(parameters.fields_per_frame, np.uint32)
+    pools = [FrameWorkers(count) for count in (1, cores())]
+    encrypt: list[list[float]] = [[], []]
+    opening: list[list[float]] = [[], []]
+    for pool in pools:
+        pool.start(work)
+        pool.encrypt(work, fields)
+    for _ in range(_SPEEDUP_RUNS):
+        for place, pool in enumerate(pools):
+            start = time.perf_counter()
+            frame = pool.encrypt(work, fields)
+            made = time.perf_counter()
+            pool.decrypt(work, frame, fields.size, 1)
+            encrypt[place].append(made - start)
+            opening[place].append(time.perf_counter() - made)
+    for pool in pools:
+        pool.close()
+    return {
+        "cores": cores(),
+        "encrypt": min(encrypt[0]) / min(encrypt[1]),
+        "open": min(opening[0]) / min(opening[1]),
+    }
 
 
 def _figures(federations: list[Federation], costs: list[RoundCost]) -> dict[str, Any]:
@@ -161,6 +196,12 @@ def show_he(figures: dict[str, Any], console: Console) -> None:
         f"keys {seconds(f['key_cpu_s'])}, context {size(f['context_bytes'])}, a member's tables "
         f"{seconds(f['table_cpu_s'])}, starting its workers as well {seconds(f['worker_start_cpu_s'])}"
     )
+    if "speedup" in f:
+        faster = f["speedup"]
+        console.print(
+            f"{faster['cores']} worker processes against one: {faster['encrypt']:.2f}x faster to encrypt, "
+            f"{faster['open']:.2f}x to open"
+        )
     base = f.get("baseline")
     if base:
         console.print(
