@@ -13,7 +13,7 @@ from blindsum.crypto.schemes.masking import scheme as masking_scheme
 from blindsum.crypto.schemes.masking.messages import OPENED_BYTES, Revealed
 from blindsum.crypto.trust.plan import Encoding
 from federation_driver import RoundDriver, make_federation, plain_sum, powers_of_two, seeded
-from federation_simulator import DEATHS, Death, Operation, Simulation
+from federation_simulator import DEATHS, Death, Operation, Simulation, held_bytes
 
 MASKING = masking_scheme("masking")
 STEPS: tuple[StepName, ...] = MASKING.steps
@@ -219,6 +219,29 @@ def test_fault_40_too_many_die_and_the_round_says_why(step: int) -> None:
     assert view.machine.abort is not None
     assert STEPS[step] in view.machine.abort.reason
     assert not s.accepted()
+
+
+@pytest.mark.parametrize("ending", ["sum", "abort"])
+def test_the_aggregator_keeps_no_share_once_the_round_has_ended(ending: str) -> None:
+    federation = make_federation(MASKING, 6)
+    d = RoundDriver(federation, powers_of_two(federation))
+    d.step()
+    if ending == "abort":  # by another self seed and mask root than advertised
+        dealer = d.machines[VICTIM]
+        dealer._secrets = dealer._secrets[:32] + bytes(64) + dealer._secrets[96:]  # type: ignore[attr-defined]
+    d.run(until="reveal")
+    shares = []
+    for name in d.aggregator.participants:
+        reply = d.answer(name)
+        d.deliver(name, reply)
+        given = decode_message(reply, Revealed, "the shares").shares
+        shares += [given[at : at + OPENED_BYTES] for at in range(0, len(given), OPENED_BYTES)]
+    d.history.clear()
+    assert all(share in held_bytes(d.aggregator) for share in shares)
+    d.close()
+    assert (d.aggregator.abort is not None) == (ending == "abort")
+    held = held_bytes(d.aggregator)
+    assert not any(share in held for share in shares)
 
 
 # -- 47 and 48: members that send what the SDK refuses ---------------------------------------------------

@@ -325,8 +325,13 @@ class MaskingAggregator:
 
     def _give_up(self, reason: str, exclude: Iterable[str] = ()) -> None:
         self._abort = Abort(reason, tuple(sorted(exclude)))
-        self._step = None
+        self._forget_shares()
         self._open(None, ())
+
+    def _forget_shares(self) -> None:
+        self._shares = {}
+        self._commitments = {}
+        self._revealed = {}
 
     def _open(self, step: StepName | None, participants: tuple[str, ...]) -> None:
         self._step = step
@@ -438,8 +443,7 @@ class MaskingAggregator:
             Result(to_bitmap(self._sharing), to_bitmap(self._alive), to_bitmap(signers), signatures)
         )
         self._masks = MaskSet(added, subtracted)
-        self._revealed = {}
-        self._commitments = {}
+        self._forget_shares()
         self._open(None, ())
 
     def _good_shares(self) -> dict[int, list[tuple[int, int]]]:
