@@ -3,8 +3,9 @@
 Encryption holds the interpreter lock, so more cores mean more processes; and what an aggregator published
 reaches native code in a process that may die. A cipher holds secrets and is never pickled: the member's
 process makes a spec, a byte string, and writes it through a pipe to each worker, which builds its own
-cipher from it. Then fields go one way and ciphertexts the other, as raw bytes. A spec holds the secret key: it belongs in no file, argument list or environment. It says nothing
-of a round, so a worker keeps its cipher (and paillier's table of powers) from one round to the next.
+cipher from it. Then fields go one way and ciphertexts the other, as raw bytes. A spec holds the secret key:
+it belongs in no file, argument list or environment. It says nothing of a round, so a worker keeps its
+cipher (and paillier's table of powers) from one round to the next.
 
 A paillier frame is seconds of work, so it is cut into pieces of whole ciphertexts, which are frames of a
 set that differs in the number of ciphertexts only. A bfv or ckks frame takes milliseconds and is one piece.
