@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -128,6 +129,10 @@ class AggregatorServer:
         self._workers = NativeWorkers(settings.native_workers, settings.native_seconds, self._scheme_factory)
         self._opened.callback(self._workers.close)
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="blindsum-work")
+        # All of its threads now: what the process holds is then the same on the first day and on any other.
+        together = threading.Barrier(_THREADS)
+        for _ in range(_THREADS):
+            self._executor.submit(together.wait)
         self._opened.callback(self._executor.shutdown)
         self._around = Surroundings(
             self.observed, self.blobs, self._clock, self._executor, self._workers, settings.fold_batch
