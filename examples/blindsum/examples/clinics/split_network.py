@@ -112,7 +112,9 @@ class SplitNetwork:
 
     def own_head(self, site: SiteData, seed: int, plan: SplitPlan) -> EdgeBody:
         """An edge model with a head that the site fitted on its own images, the stem as it is."""
-        head = EncryptableTail(FEATURES, 0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = EncryptableTail(FEATURES, 0)
         batches = [(self.stem(images), labels) for images, labels in _batches(site, plan, _stream(seed, 9))]
         _fit(head, batches, plan.tail_epochs, plan.tail_rate, plan.tail_decay, seed)
 
