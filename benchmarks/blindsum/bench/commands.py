@@ -236,7 +236,7 @@ def bench_all_command(
 def bench_ingest_command(
     uploads: Annotated[
         str, typer.Option(help="What is sent, as MB:members; members in multiples of 16, the folder's batch.")
-    ] = "4:32,40:16",
+    ] = "4:64,40:16",
     at_once: Annotated[int, typer.Option(min=1, help="Uploads at the same time.")] = 8,
     directory: Annotated[
         Path | None, typer.Option(help="Whose disk the server writes to; the system's temporary directory.")
