@@ -133,6 +133,10 @@ def test_the_scan_finds_what_it_looks_for(text: str) -> None:
     assert offences(text, sans_io=True)
 
 
+MEASURES_TENSEAL = Path("examples/blindsum/examples/clinics/tail_costs.py")
+"""Runs the library's own matrix product, for comparison."""
+
+
 def test_gpl_and_native_he_libraries_stay_in_their_modules() -> None:
     paillier = ("paillier.py", "paillier_parameters.py")
     lattice = ("bfv.py", "ckks.py", "seal_keys.py", "seal_member.py", "seal_wire.py")
@@ -143,6 +147,7 @@ def test_gpl_and_native_he_libraries_stay_in_their_modules() -> None:
         for library, modules in allowed.items()
         if any(within(name, {library}) for name in imports(ast.parse(path.read_text())))
         and not (path.parent == ROOT / HOMOMORPHIC and path.name in modules)
+        and path.relative_to(ROOT) != MEASURES_TENSEAL
     ]
     assert strays == []
 
