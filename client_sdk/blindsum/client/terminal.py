@@ -42,7 +42,7 @@ def date(seconds: float) -> str:
 
 
 def go_ahead(question: str, *, yes: bool, dry_run: bool) -> bool:
-    """Whether to do what can't be undone: not in a dry run; a "no", or no terminal, ends the command with 1."""
+    """Whether to do what can't be undone: not in a dry run; a "no", or no terminal, ends the command."""
     if dry_run:
         say("Nothing was done (dry run).")
         return False

@@ -101,9 +101,9 @@ class Plan(Document, frozen=True, kw_only=True):
         floor = max(self.cohort_min, policy.cohort_floor(members))
         if floor > self.cohort_max:
             raise PolicyViolation(
-                f"plan {self.name!r} undercuts the policy: cohort_max: {self.cohort_max} is no more than half of "
-                f"the {members} members, and a lying server could run two such rounds at once. Raise it, or let "
-                "the policy allow that with split_cohorts"
+                f"plan {self.name!r} undercuts the policy: cohort_max: {self.cohort_max} is no more than "
+                f"half of the {members} members, and a lying server could run two such rounds at once. Raise "
+                "it, or let the policy allow that with split_cohorts"
             )
         return floor
 

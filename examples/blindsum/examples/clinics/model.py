@@ -75,5 +75,7 @@ def initial_model(seed: int) -> RadiographNet:
     """The network that every way and every site starts from; the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # Channels last: a training step takes about a fifth less time on a CPU.
-        return RadiographNet().to(memory_format=torch.channels_last)
+        model = RadiographNet()
+    # Channels last: a training step takes about a fifth less time on a CPU.
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
