@@ -616,7 +616,7 @@ class World:
         settings = settings_for(self.home / "data", log_level="ERROR", **self.settings)
         self.server = LoopbackServer(settings, clock=self.clock)
         with (
-            mock.patch.object(server_module, "ThreadPoolExecutor", SameThread),
+            mock.patch.object(server_module, "StartedThreadPool", SameThread),
             mock.patch.object(server_module, "SqliteState", SameThreadState),
         ):
             try:

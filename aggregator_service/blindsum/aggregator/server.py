@@ -62,6 +62,17 @@ _WORKING = ("", READY, "blindsum.proto.v1.RoundService", "blindsum.proto.v1.Enro
 """Health services that serve only while the server is ready; `LIVE` serves as long as it answers."""
 
 
+class StartedThreadPool(ThreadPoolExecutor):
+    """A thread pool with all of its threads from the start: what the process holds is then the same on the first
+    day and on any other."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        super().__init__(threads, thread_name_prefix=name)
+        together = threading.Barrier(threads)
+        for _ in range(threads):
+            self.submit(together.wait)
+
+
 class AggregatorServer:
     """A standalone aggregator. `start` binds and recovers; `stop` drains and closes.
 
@@ -128,11 +139,7 @@ class AggregatorServer:
         self.blobs = FileBlobs(settings.data_dir / "blobs")
         self._workers = NativeWorkers(settings.native_workers, settings.native_seconds, self._scheme_factory)
         self._opened.callback(self._workers.close)
-        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="blindsum-work")
-        # All of its threads now: what the process holds is then the same on the first day and on any other.
-        together = threading.Barrier(_THREADS)
-        for _ in range(_THREADS):
-            self._executor.submit(together.wait)
+        self._executor = StartedThreadPool(_THREADS, "blindsum-work")
         self._opened.callback(self._executor.shutdown)
         self._around = Surroundings(
             self.observed, self.blobs, self._clock, self._executor, self._workers, settings.fold_batch
