@@ -63,8 +63,9 @@ _WORKING = ("", READY, "blindsum.proto.v1.RoundService", "blindsum.proto.v1.Enro
 
 
 class StartedThreadPool(ThreadPoolExecutor):
-    """A thread pool with all of its threads from the start: what the process holds is then the same on the first
-    day and on any other."""
+    """A thread pool with all of its threads from the start: what the process holds is then the same on the
+    first day and on any other.
+    """
 
     def __init__(self, threads: int, name: str) -> None:
         super().__init__(threads, thread_name_prefix=name)
