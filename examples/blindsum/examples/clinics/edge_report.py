@@ -33,7 +33,7 @@ def _cascade(outcome: EdgeOutcome) -> str:
 
 
 def _hard(outcome: EdgeOutcome) -> str:
-    figure = Figure(figsize=(6.4, 3))
+    figure = Figure(figsize=(8.4, 3))
     axes = figure.subplots()
     hard = outcome.hard
     for place, (name, values, colour) in enumerate(
