@@ -3,8 +3,9 @@
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from blindsum.crypto.schemes.registry import SCHEME_NAMES
@@ -15,6 +16,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from blindsum.examples.clinics.edge_outcome import EdgeOutcome
+
+Found = TypeVar("Found", "Outcome", "EdgeOutcome")
 
 app = typer.Typer(help="A whole federation on this machine, with real data.", no_args_is_help=True)
 
@@ -55,18 +58,9 @@ def clinics(
     if scheme == "paillier":
         _say_estimate(console, rounds, len({"fedavg", "personalised"} & set(chosen)))
     demo = ClinicsDemo(Settings(scheme, rounds, seed, chosen, out), console)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        outcome = demo.run()
-    except KeyboardInterrupt:
-        console.print("Interrupted; every process of the demo has ended.")
-        raise typer.Exit(130) from None
-    if json_file is not None:
-        json_file.write_text(json.dumps(outcome.to_json(), indent=1) + "\n", encoding="utf-8")
+    outcome = _run(demo.run, console, json_file)
     _show(console, outcome, out)
-    if not outcome.exact or outcome.leak_scan.hits or not outcome.leak_scan.control_hits:
-        console.print("[bold red]A check failed: see the report.[/]")
-        raise typer.Exit(1)
+    _require_checks(console, outcome)
 
 
 @app.command()
@@ -90,16 +84,10 @@ def edge(
     _make_room(out)
     console = Console()
     demo = EdgeDemo(Settings("masking", rounds, seed, WAYS, out), console)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        outcome = demo.run()
-    except KeyboardInterrupt:
-        console.print("Interrupted; every process of the demo has ended.")
-        raise typer.Exit(130) from None
-    if json_file is not None:
-        json_file.write_text(json.dumps(outcome.to_json(), indent=1) + "\n", encoding="utf-8")
+    outcome = _run(demo.run, console, json_file)
     _show(console, outcome.clinics, out)
     _show_edge(console, outcome)
+    _require_checks(console, outcome.clinics)
 
 
 def _show_edge(console: Console, outcome: "EdgeOutcome") -> None:
@@ -131,6 +119,26 @@ def _show_edge(console: Console, outcome: "EdgeOutcome") -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _run(run: Callable[[], Found], console: Console, json_file: Path | None) -> Found:
+    """What the run found, also written to `json_file`. SIGTERM ends a demo as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        outcome = run()
+    except KeyboardInterrupt:
+        console.print("Interrupted; every process of the demo has ended.")
+        raise typer.Exit(130) from None
+    if json_file is not None:
+        json_file.write_text(json.dumps(outcome.to_json(), indent=1) + "\n", encoding="utf-8")
+    return outcome
+
+
+def _require_checks(console: Console, outcome: Outcome) -> None:
+    """End with 1 where a sum wasn't exact, a secret was found, or the control found nothing."""
+    if not outcome.exact or outcome.leak_scan.hits or not outcome.leak_scan.control_hits:
+        console.print("[bold red]A check failed: see the report.[/]")
+        raise typer.Exit(1)
 
 
 def _make_room(out: Path) -> None:
