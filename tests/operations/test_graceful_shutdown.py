@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,7 +74,18 @@ def uploading(folder: Path, drain: float) -> Iterator[tuple[Server, Scene, list[
         server.close()
 
 
-def half_sent(member: MaskingMember, number: int) -> tuple[threading.Event, threading.Thread, list[int]]:
+def kept(server: Server, member: MaskingMember) -> list[int]:
+    """Sizes of what the server has of a member's broken or running uploads."""
+    return [
+        path.stat().st_size
+        for path in (server.data / "blobs" / "spool").iterdir()
+        if member.name in path.name
+    ]
+
+
+def half_sent(
+    server: Server, member: MaskingMember, number: int
+) -> tuple[threading.Event, threading.Thread, list[int]]:
     """Start an upload that stops in the middle until it may go on; what the server said at its end."""
     slot = member.admitted(number).slot
     begun, go_on = threading.Event(), threading.Event()
@@ -93,6 +105,11 @@ def half_sent(member: MaskingMember, number: int) -> tuple[threading.Event, thre
     thread = threading.Thread(target=send)
     thread.start()
     assert begun.wait(20)
+    # Taken from the client isn't received by the server. Two chunks fill a stage, which is written when full.
+    limit = time.monotonic() + 20
+    while kept(server, member) != [2 * CHUNK]:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
     return go_on, thread, committed
 
 
@@ -103,7 +120,7 @@ def contributions(data: Path) -> set[str]:
 
 def test_a_running_upload_ends_and_nothing_new_begins(tmp_path: Path) -> None:
     with uploading(tmp_path, drain=30) as (server, _, members, number):
-        go_on, thread, committed = half_sent(members[0], number)
+        go_on, thread, committed = half_sent(server, members[0], number)
         server.process.send_signal(signal.SIGTERM)
         late = members[1].admitted(number)
         while late.WhichOneof("answer") == "slot":
@@ -123,7 +140,7 @@ def test_a_running_upload_ends_and_nothing_new_begins(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["limit", "second signal"])
 def test_an_upload_that_doesnt_end_is_cut(tmp_path: Path, how: str) -> None:
     with uploading(tmp_path, drain=0.2 if how == "limit" else 60) as (server, _, members, number):
-        go_on, thread, committed = half_sent(members[0], number)
+        go_on, thread, committed = half_sent(server, members[0], number)
         server.process.send_signal(signal.SIGTERM)
         if how != "limit":
             while members[1].admitted(number).WhichOneof("answer") != "retry_after_ms":
@@ -134,8 +151,7 @@ def test_an_upload_that_doesnt_end_is_cut(tmp_path: Path, how: str) -> None:
         thread.join(30)
         assert committed == []
         # What it sent is kept for when it goes on.
-        spools = list((server.data / "blobs" / "spool").iterdir())
-        assert [path.stat().st_size for path in spools if members[0].name in path.name] == [2 * CHUNK]
+        assert kept(server, members[0]) == [2 * CHUNK]
 
 
 def test_an_idle_server_ends_at_once_with_0(tmp_path: Path) -> None:
