@@ -178,6 +178,17 @@ def test_the_quota_holds(site: Any) -> None:
     assert site.queue.used == 2
 
 
+def test_what_was_proposed_under_an_earlier_switch_counts_too(site: Any) -> None:
+    site.queue.enable("hospital", PURPOSE, quota=5)
+    for seed in (60, 61, 62):
+        approve(site.queue, put_in(site.queue, image(seed)))
+    site.clock.now += 60
+    site.queue.enable("hospital", PURPOSE, quota=1)
+    with pytest.raises(QuotaReached):
+        site.queue.forward(site.clinic)
+    assert (len(site.queue.examples("forwarded")), site.queue.used) == (1, 1)
+
+
 def test_withdrawal_deletes_at_both_ends(federation: Federation, site: Any) -> None:
     site.queue.enable("hospital", PURPOSE, quota=5)
     before, after = put_in(site.queue, image(10)), put_in(site.queue, image(11))
@@ -388,3 +399,55 @@ def test_nothing_is_sent_twice_when_the_answer_was_lost(site: Any, monkeypatch: 
     monkeypatch.undo()
     assert site.queue.forward(site.clinic) == [identifier], "the same bytes again, within the quota"
     assert len(site.intake.collect(site.hospital)) == 1
+
+
+@pytest.fixture
+def left_unnoticed(site: Any, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """An example whose acknowledgement was lost: the server has it, the queue doesn't know."""
+    site.queue.enable("hospital", PURPOSE, quota=5)
+    identifier = put_in(site.queue, image(70))
+    approve(site.queue, identifier)
+    put = ExampleLine.put
+
+    def put_and_break(line: ExampleLine, example: SealedExample) -> None:
+        put(line, example)
+        raise ConnectionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ExampleLine, "put", put_and_break)
+        with pytest.raises(ConnectionError):
+            site.queue.forward(site.clinic)
+    return identifier
+
+
+def test_what_may_have_left_is_withdrawn_not_refused(site: Any, left_unnoticed: bytes) -> None:
+    with pytest.raises(WrongState, match="withdraw"):
+        site.queue.refuse(left_unnoticed, reviewer="dr-b")
+    assert site.queue.withdraw(left_unnoticed, site.clinic) == "withdrawn"
+    site.intake.collect(site.hospital)
+    assert site.intake.accepted() == []
+
+
+def test_what_may_have_left_is_taken_back_when_its_consent_ends(site: Any, left_unnoticed: bytes) -> None:
+    site.clock.now += 2 * 3600
+    with pytest.raises(ConsentMissing):
+        site.queue.forward(site.clinic)
+    assert site.queue.one(left_unnoticed).state == "withdrawn"
+    site.intake.collect(site.hospital)
+    assert site.intake.accepted() == []
+
+
+def test_a_withdrawal_of_what_never_arrived(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.queue.enable("hospital", PURPOSE, quota=5)
+    identifier = put_in(site.queue, image(71))
+    approve(site.queue, identifier)
+
+    def break_off(*_: object) -> None:
+        raise ConnectionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ExampleLine, "put", break_off)
+        with pytest.raises(ConnectionError):
+            site.queue.forward(site.clinic)
+    assert site.queue.withdraw(identifier, site.clinic) == "deleted"
+    assert site.queue.forward(site.clinic) == []

@@ -187,28 +187,30 @@ class Intake:
 
     def examples(self, state: State | None = None) -> list[ReceivedExample]:
         """What was received, in order; those in one state, or all."""
+        return self._received(state=state)
+
+    def one(self, identifier: bytes) -> ReceivedExample:
+        """The example of this id. Raises `NotHeld` if there is none."""
+        for example in self._received(identifier=identifier):
+            return example
+        raise NotHeld(f"there is no example {identifier.hex()[:16]} here")
+
+    def _received(self, state: State | None = None, identifier: bytes | None = None) -> list[ReceivedExample]:
         query = (
-            "SELECT id, sender, state, reason, received, letter FROM example WHERE ? IN ('', state)"
-            " ORDER BY received, rowid"
+            "SELECT id, sender, state, reason, received, letter FROM example"
+            " WHERE coalesce(?, state) = state AND coalesce(?, id) = id ORDER BY received, rowid"
         )
         return [
             ReceivedExample(
-                identifier,
+                known,
                 sender,
                 kept,
                 reason,
                 received,
                 decode_message(letter, Letter, "a received example") if letter else None,
             )
-            for identifier, sender, kept, reason, received, letter in self._db.execute(query, (state or "",))
+            for known, sender, kept, reason, received, letter in self._db.execute(query, (state, identifier))
         ]
-
-    def one(self, identifier: bytes) -> ReceivedExample:
-        """The example of this id. Raises `NotHeld` if there is none."""
-        for example in self.examples():
-            if example.id == identifier:
-                return example
-        raise NotHeld(f"there is no example {identifier.hex()[:16]} here")
 
     def accepted(self) -> list[Letter]:
         """What may be trained on."""

@@ -28,7 +28,7 @@ from blindsum.client.hard_examples.sealed_example import (
     seal_example,
 )
 from blindsum.crypto.canonical import decode_document, decode_message, encode_document, encode_message
-from blindsum.crypto.errors import BlindsumError
+from blindsum.crypto.errors import BlindsumError, RefusalReason, Refused
 
 FILE: Final = "examples-out.db"
 DAY: Final = 86_400
@@ -58,13 +58,17 @@ class WrongState(BlindsumError):
 
 
 class Forwarding(msgspec.Struct, frozen=True, kw_only=True):
-    """What was switched on: to whom, what for, at most how many until when (seconds since 1970)."""
+    """What was switched on: to whom, what for, at most how many until when (seconds since 1970).
+
+    `used` counts the examples that have left under it, or may have.
+    """
 
     recipient: str
     purpose: str
     quota: int
     since: int
     until: int
+    used: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,12 @@ class ReviewQueue:
             recipient=recipient, purpose=purpose, quota=quota, since=now, until=now + days * DAY
         )
         with transaction(self._db):
-            self._db.execute("INSERT OR REPLACE INTO setting VALUES (1, ?)", (msgspec.json.encode(setting),))
+            self._keep_setting(setting)
             self._log("enabled", recipient=recipient, purpose=purpose, quota=quota, until=setting.until)
         return setting
+
+    def _keep_setting(self, setting: Forwarding) -> None:
+        self._db.execute("INSERT OR REPLACE INTO setting VALUES (1, ?)", (msgspec.json.encode(setting),))
 
     def disable(self) -> None:
         """Switch it off: nothing is proposed or sent any more. What has left can still be withdrawn."""
@@ -169,18 +176,20 @@ class ReviewQueue:
 
     def examples(self, state: State | None = None) -> list[QueuedExample]:
         """The queue in the order of proposal; those in one state, or all."""
-        query = (
-            "SELECT id, digest, state, label, doubt, novelty, reason, proposed, look, recipient, content"
-            " FROM example WHERE ? IN ('', state) ORDER BY proposed, rowid"
-        )
-        return [_queued(row) for row in self._db.execute(query, (state or "",))]
+        return self._queued(state=state)
 
     def one(self, identifier: bytes) -> QueuedExample:
         """The example of this id. Raises `WrongState` if there is none."""
-        for example in self.examples():
-            if example.id == identifier:
-                return example
+        for example in self._queued(identifier=identifier):
+            return example
         raise WrongState(f"the queue has no example {identifier.hex()[:16]}")
+
+    def _queued(self, state: State | None = None, identifier: bytes | None = None) -> list[QueuedExample]:
+        query = (
+            "SELECT id, digest, state, label, doubt, novelty, reason, proposed, look, recipient, content"
+            " FROM example WHERE coalesce(?, state) = state AND coalesce(?, id) = id ORDER BY proposed, rowid"
+        )
+        return [_queued(row) for row in self._db.execute(query, (state, identifier))]
 
     def approve(self, identifier: bytes, consent: Consent, *, reviewer: str) -> None:
         """A person has looked at it and has the consent for it to leave.
@@ -198,8 +207,12 @@ class ReviewQueue:
             self._log("approved", id=identifier.hex(), reviewer=reviewer, consent=consent.reference)
 
     def refuse(self, identifier: bytes, *, reviewer: str) -> None:
-        """It stays here; the queue forgets the image. Raises `WrongState` once it has left."""
+        """It stays here; the queue forgets the image. Raises `WrongState` once it has left, or may have."""
         self._in_state(identifier, "proposed", "approved")
+        if self._may_have_left(identifier):
+            raise WrongState(
+                f"example {identifier.hex()[:16]} was sent, and the answer was lost: withdraw it instead"
+            )
         with transaction(self._db):
             self._db.execute(
                 "UPDATE example SET state = 'refused', content = x'', consent = x'', sealed = x''"
@@ -212,40 +225,29 @@ class ReviewQueue:
 
     @property
     def used(self) -> int:
-        """Examples that have left under what is switched on."""
+        """Examples that have left under what is switched on, or may have."""
         setting = self.forwarding
-        if setting is None:
-            return 0
-        (count,) = self._db.execute(
-            "SELECT count(*) FROM example WHERE proposed >= ? AND length(sealed) > 0"
-            " OR proposed >= ? AND state IN ('forwarded', 'withdrawn', 'deleted')",
-            (setting.since, setting.since),
-        ).fetchone()
-        return int(count)
+        return 0 if setting is None else setting.used
 
     def forward(self, view: FederationView) -> list[bytes]:
         """Send every approved example; the ids that were sent. What was sent, this file no longer holds.
 
-        Each one's consent is checked again now; one that isn't in force any more goes back to the proposed.
-        After a broken connection call it again: the same bytes are sent. Raises `ForwardingOff`,
-        `ConsentMissing` after the others were sent, `QuotaReached` before any more is sent, and what the line
-        raises.
+        Each one's consent is checked again now; one that isn't in force any more goes back to the proposed,
+        or is withdrawn if it may have left before. After a broken connection call it again: the same bytes
+        are sent. Raises `ForwardingOff`, `ConsentMissing` after the others were sent, `QuotaReached` before
+        any more is sent, and what the line raises.
         """
-        setting = self._require_on()
+        self._require_on()
         line = ExampleLine(view)
         sent, missing = [], ""
         query = "SELECT id FROM example WHERE state = 'approved' ORDER BY proposed, rowid"
         for (identifier,) in self._db.execute(query).fetchall():
             try:
-                sealed = self._sealed(identifier, view, setting)
+                with transaction(self._db):
+                    sealed = self._sealed(identifier, view)
             except ConsentMissing as error:
                 missing = str(error)
-                with transaction(self._db):
-                    self._db.execute(
-                        "UPDATE example SET state = 'proposed', consent = x'', sealed = x'' WHERE id = ?",
-                        (identifier,),
-                    )
-                    self._log("consent missing", id=identifier.hex())
+                self._without_consent(identifier, line)
                 continue
             line.put(sealed)
             with transaction(self._db):
@@ -264,8 +266,24 @@ class ReviewQueue:
             raise ConsentMissing(missing)
         return sent
 
-    def _sealed(self, identifier: bytes, view: FederationView, setting: Forwarding) -> SealedExample:
-        """The example's ciphertext, made once and kept until it is acknowledged."""
+    def _without_consent(self, identifier: bytes, line: ExampleLine) -> None:
+        if self._may_have_left(identifier) and self._recalled(identifier, line) is not None:
+            return
+        with transaction(self._db):
+            self._db.execute(
+                "UPDATE example SET state = 'proposed', consent = x'', sealed = x'' WHERE id = ?",
+                (identifier,),
+            )
+            self._log("consent missing", id=identifier.hex())
+
+    def _may_have_left(self, identifier: bytes) -> bool:
+        """Whether it was sealed and its acknowledgement didn't come."""
+        row = self._db.execute("SELECT length(sealed) FROM example WHERE id = ?", (identifier,)).fetchone()
+        return row is not None and row[0] > 0
+
+    def _sealed(self, identifier: bytes, view: FederationView) -> SealedExample:
+        """The example's ciphertext, made once, counted, and kept until it is acknowledged."""
+        setting = self._require_on()
         row = self._db.execute(
             "SELECT content, doubt, novelty, reason, model, model_version, consent, recipient, sealed"
             " FROM example WHERE id = ?",
@@ -281,7 +299,7 @@ class ReviewQueue:
             )
         if sealed:
             return SealedExample(identifier, recipient, bytes(sealed))
-        if self.used >= setting.quota:
+        if setting.used >= setting.quota:
             raise QuotaReached(
                 f"{setting.quota} examples have left, as many as were allowed; switch it on anew for more"
             )
@@ -300,22 +318,35 @@ class ReviewQueue:
             sent=self._time(),
         )
         made = seal_example(letter, view.identity, view.roster)
-        with transaction(self._db):
-            self._db.execute("UPDATE example SET sealed = ? WHERE id = ?", (made.sealed, identifier))
+        self._db.execute("UPDATE example SET sealed = ? WHERE id = ?", (made.sealed, identifier))
+        self._keep_setting(msgspec.structs.replace(setting, used=setting.used + 1))
         return made
 
     def withdraw(self, identifier: bytes, view: FederationView) -> State:
         """Take an example back: the aggregator deletes it now, the receiver when it next looks.
 
-        What was trained on it isn't unlearnt. Raises `WrongState` unless it has left, and what the line
-        raises.
+        What was trained on it isn't unlearnt. Raises `WrongState` unless it has left, or may have, and what
+        the line raises.
         """
-        self._in_state(identifier, "forwarded", "withdrawn", "deleted")
+        if not self._may_have_left(identifier):
+            self._in_state(identifier, "forwarded", "withdrawn", "deleted")
+        if self._recalled(identifier, ExampleLine(view)) is None:
+            self._keep_state(identifier, "deleted")  # it never arrived: nobody has it
+        return self.one(identifier).state
+
+    def _recalled(self, identifier: bytes, line: ExampleLine) -> State | None:
+        """Its state once the aggregator took it back; None if the aggregator never got it."""
         with transaction(self._db):
             self._log("withdrawal asked", id=identifier.hex())
-        state = ExampleLine(view).withdraw(identifier)
-        self._keep_state(identifier, "deleted" if state == "deleted" else "withdrawn")
-        return self.one(identifier).state
+        try:
+            answer = line.withdraw(identifier)
+        except Refused as refusal:
+            if refusal.reason is RefusalReason.OUT_OF_RANGE and self._may_have_left(identifier):
+                return None
+            raise
+        state: State = "deleted" if answer == "deleted" else "withdrawn"
+        self._keep_state(identifier, state)
+        return state
 
     def refresh(self, view: FederationView) -> None:
         """Ask the aggregator which withdrawn examples the receiver has deleted by now."""
