@@ -168,7 +168,9 @@ def main() -> NoReturn:
 
 
 def _fail(text: str, code: int) -> NoReturn:
-    line = f"blindsum: {' '.join(text.split())}"
+    # Errors carry texts of servers: nothing in them may draw on the screen.
+    words = "".join(one if one.isprintable() else "?" for one in " ".join(text.split()))
+    line = f"blindsum: {words}"
     if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
         line = f"\x1b[31m{line}\x1b[0m"
     print(line, file=sys.stderr)

@@ -227,3 +227,24 @@ def test_a_lost_answer_to_a_publication_is_no_problem(
     owner.renew()
     assert owner.roster.version > version
     assert owner.status().roster_version == owner.roster.version
+
+
+def test_a_token_admits_once_even_if_the_answer_to_the_admission_was_lost(
+    blindsum_federation: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = blindsum_federation(0)
+    owner = federation.owner
+    invitation = owner.invite("clinic")
+    join(invitation, tmp_path / "clinic", wait=False)
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner._folder, "keep", die)
+    with pytest.raises(KeyboardInterrupt):
+        owner.admit("clinic")
+    monkeypatch.undo()
+    join(invitation, tmp_path / "copy", wait=False)
+    assert owner.admit() == []
+    assert owner.invited() == []
+    assert [one.problem for one in owner.pending()] == ["there is no such invitation"]

@@ -13,7 +13,8 @@ import pytest
 from blindsum.cli import main
 from blindsum.client import join
 from blindsum.client.commands import join_app, owner_app, train_app
-from blindsum.client.joining import poll
+from blindsum.client.joining import poll, read_invitation
+from blindsum.client.owner import replace_document
 from blindsum.client.testing import Federation, small_model
 from typer import Typer
 from typer.testing import CliRunner
@@ -158,3 +159,66 @@ def test_the_applicant_is_told_that_nobody_watches(federation: Federation, tmp_p
     code, output = run(join_app, arguments)
     assert code == 0
     assert "the owner's machine isn't watching" in " ".join(output.split())
+
+
+NASTY = "[/bold] [link=http://x]y\n\x1b[2A\x1b[31m\u202eclinic\x9b1m"
+
+
+def test_what_an_applicant_writes_cannot_draw_on_the_owners_screen(
+    federation: Federation, tmp_path: Path
+) -> None:
+    """No token is needed to send this: it must neither end the owner's commands nor hide a fingerprint."""
+    folder = str(federation.folder / "owner")
+    invitation = read_invitation(federation.folder / "owner/invitations/late.json")
+    stranger = replace_document(invitation, token=bytes(32))
+    mark = join(stranger, tmp_path / "stranger", organisation=NASTY, wait=False)
+    for arguments in (
+        ["pending", folder],
+        ["admit", folder, "--dry-run"],
+        ["refuse", folder, "late", "--reason", "x", "--dry-run"],
+    ):
+        code, output = run(owner_app, arguments)
+        assert code == 0, output
+        assert "[/bold]" in "".join(output.split())
+        assert mark[:8] in output
+        assert not any(one in output for one in "\x1b\u202e\x9b")
+
+
+def test_what_a_watching_owner_is_told_cannot_draw_either(federation: Federation, tmp_path: Path) -> None:
+    invitation = federation.folder / "owner/invitations/late.json"
+    mark = join(invitation, tmp_path / "late", organisation=NASTY, wait=False)
+    process = subprocess.Popen(
+        [COMMAND, "owner", "watch", federation.folder / "owner", "--every", "0.2", "--tokens"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "400"},
+    )
+    try:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "admitted late" in line:
+                break
+        text = "".join(said)
+        assert "admitted late" in text, text
+        assert mark in text
+        assert not any(one in text for one in "\x1b\u202e\x9b")
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_an_error_cannot_draw_on_the_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Errors carry texts of the server."""
+    monkeypatch.setattr(sys, "argv", ["blindsum", "owner", "status", "no\x1b[2Awhere\u202e"])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    assert "isn't an owner's folder" in said
+    assert not any(one in said for one in "\x1b\u202e")

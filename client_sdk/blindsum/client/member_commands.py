@@ -16,7 +16,7 @@ from blindsum.client.member_folder import MemberFolder
 from blindsum.client.paillier_guidance import guidance
 from blindsum.client.progress import Phase
 from blindsum.client.receipts import RoundReceipt
-from blindsum.client.terminal import Json, MemberPath, console, date, say, show
+from blindsum.client.terminal import Json, MemberPath, console, date, literal, say, show
 from blindsum.client.training_round import Round
 from blindsum.crypto.errors import DocumentError
 from blindsum.crypto.trust import policy as policies
@@ -41,7 +41,7 @@ def join_command(
 ) -> None:
     """Make this device's keys and ask to be admitted. The keys never leave the folder."""
     opened = read_invitation(invitation)
-    say(f"Federation [bold]{opened.federation_name}[/bold], owner {fingerprint(opened.owner)}")
+    say(f"Federation [bold]{literal(opened.federation_name)}[/bold], owner {fingerprint(opened.owner)}")
     mark = ask_to_join(opened, folder, organisation=organisation, wait=False)
     say(
         f"Asked to be admitted as [bold]{opened.member}[/bold]. "
@@ -156,7 +156,7 @@ def member_status(folder: MemberPath, as_json: Json = False) -> None:
         return
     table = Table(show_header=False)
     for name, value in values.items():
-        table.add_row(name.replace("_", " "), str(value))
+        table.add_row(name.replace("_", " "), literal(value))
     console.print(table)
 
 

@@ -197,6 +197,9 @@ class Owner(OwnerView):
                 folder.keep(signed)
         if any(signed.kind == plans.KIND for signed in documents):
             folder.keep_plan_epoch(self.roster.epoch)
+        for member in self.invited():
+            if member in self.roster.position:
+                folder.drop_invitation(member)
         folder.empty_outbox()
 
     # Members
@@ -271,8 +274,6 @@ class Owner(OwnerView):
         self._publish_roster(
             replace_document(roster, members=tuple(sorted((*kept, *entries), key=lambda entry: entry.id)))
         )
-        for one in chosen:
-            self._folder.drop_invitation(one.member)
         return [one.member for one in chosen]
 
     def refuse(self, member: str, reason: str, fingerprint: str = "") -> int:

@@ -24,6 +24,7 @@ from blindsum.client.terminal import (
     console,
     date,
     go_ahead,
+    literal,
     say,
     show,
     show_line,
@@ -95,7 +96,7 @@ def _try_register(owner: Owner, folder: Path) -> None:
     try:
         owner.register()
     except Unreachable as error:
-        say(f"The server can't be reached ({error}).")
+        say(f"The server can't be reached ({literal(error)}).")
     except Refused as refusal:
         if refusal.reason is not RefusalReason.POLICY:
             raise
@@ -175,7 +176,7 @@ def _as_json(one: Application) -> dict[str, str]:
 def _print_applications(waiting: list[Application]) -> None:
     table = Table("member", "organisation", "fingerprint", "problem")
     for one in waiting:
-        table.add_row(one.member, one.organisation, one.fingerprint, one.problem)
+        table.add_row(one.member, literal(one.organisation), one.fingerprint, literal(one.problem))
     console.print(table if waiting else "Nobody is waiting.")
 
 
@@ -290,7 +291,8 @@ def _rule(listed: Path | None, tokens: bool, *, asks: bool, dry_run: bool) -> Ru
 
 
 def _ask(one: Application) -> Decision:
-    say(f"[bold]{one.member}[/bold] ({one.organisation or 'no organisation given'}) asks to be admitted.")
+    organisation = literal(one.organisation) or "no organisation given"
+    say(f"[bold]{one.member}[/bold] ({organisation}) asks to be admitted.")
     say(f"Its device shows this fingerprint, if nobody is in between: {one.fingerprint}")
     answer = typer.prompt("Admit, refuse or later? [a/r/l]", default="l").strip().lower()[:1]
     if answer == "a":
@@ -306,9 +308,9 @@ def _tell(event: WatchEvent, as_json: bool) -> None:
         show_line({"event": values.pop("kind"), **{name: value for name, value in values.items() if value}})
         return
     who = f" [bold]{event.member}[/bold]" if event.member else ""
-    organisation = f" ({event.organisation})" if event.organisation else ""
+    organisation = f" ({literal(event.organisation)})" if event.organisation else ""
     mark = f" {event.fingerprint}" if event.kind == "asked" else ""
-    say(f"{event.kind}{who}{organisation}{mark}{': ' if event.text else ''}{event.text}")
+    say(f"{event.kind}{who}{organisation}{mark}{': ' if event.text else ''}{literal(event.text)}")
 
 
 # Who goes

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from blindsum.client.member_folder import MemberFolder
 from blindsum.client.receipts import RoundReceipt, gaps, known_rosters, verify_receipts
-from blindsum.client.terminal import Json, MemberPath, console, say, show
+from blindsum.client.terminal import Json, MemberPath, console, literal, say, show
 from blindsum.crypto.errors import DocumentError
 from blindsum.crypto.trust.receipt import Receipt
 from blindsum.crypto.trust.roster import Roster
@@ -35,7 +35,7 @@ def receipt_show(
     if number is not None:
         table = Table(show_header=False)
         for name, value in _receipt_json(receipts[0]).items():
-            table.add_row(name.replace("_", " "), str(value))
+            table.add_row(name.replace("_", " "), literal(value))
         console.print(table)
         return
     table = Table("round", "scheme", "members", "sum check", "transcript")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final
 import typer
 from blindsum.client.transport import Patience
 from rich.console import Console
+from rich.markup import escape
 
 OwnerPath = Annotated[Path, typer.Argument(help="The owner's folder, made by `blindsum owner init`.")]
 MemberPath = Annotated[Path, typer.Argument(help="The member's folder, made by `blindsum join`.")]
@@ -24,6 +25,16 @@ console = Console()
 def say(text: str) -> None:
     """A line for people."""
     console.print(text, highlight=False, soft_wrap=True)
+
+
+def literal(text: object) -> str:
+    """What others wrote, for the screen: no markup, and nothing that moves the cursor."""
+    return escape(printable(str(text)))
+
+
+def printable(text: str) -> str:
+    """The text with a ? in place of each control character."""
+    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def show(value: Any) -> None:

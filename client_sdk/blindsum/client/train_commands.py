@@ -22,6 +22,7 @@ from blindsum.client.terminal import (
     console,
     date,
     go_ahead,
+    literal,
     say,
     show,
     show_line,
@@ -187,12 +188,12 @@ class TrainingView:
         """Everything, for people."""
         status = self.status
         parts: list[Any] = [
-            f"plan {status.plan or '-'}: {status.state_round} of {status.plan_rounds} rounds done"
-            + (f"; {status.waits_for}" if status.waits_for else "")
+            f"plan {literal(status.plan or '-')}: {status.state_round} of {status.plan_rounds} rounds done"
+            + (f"; {literal(status.waits_for)}" if status.waits_for else "")
         ]
         parts += [members_table(status), self._rounds()]
         if self.problem:
-            parts.append(self.problem)
+            parts.append(literal(self.problem))
         return Group(*parts)
 
     def _rounds(self) -> Table:
@@ -205,11 +206,11 @@ class TrainingView:
             table.add_row(
                 str(one.number),
                 date(one.started),
-                one.step,
+                literal(one.step),
                 f"{one.replied}/{one.participants}" if one.participants else "",
                 f"{left} s" if left else "",
                 str(one.survivors or ""),
-                one.outcome,
+                literal(one.outcome),
                 *(f"{means[name]:.4g}" if name in means else "" for name in names),
             )
         return table
@@ -311,5 +312,5 @@ def members_table(status: Status) -> Table:
     """Who is there, as the aggregator says."""
     members = Table("member", "connected", "last round")
     for one in status.members:
-        members.add_row(one.id, "yes" if one.connected else "no", str(one.last_round or ""))
+        members.add_row(literal(one.id), "yes" if one.connected else "no", str(one.last_round or ""))
     return members

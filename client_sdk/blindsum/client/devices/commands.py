@@ -26,20 +26,13 @@ from blindsum.client.devices.published_model import (
 )
 from blindsum.client.devices.weights import WEIGHTS, pack_weights, torch_state, unpack_weights
 from blindsum.client.federation_view import FederationView
-from blindsum.client.transport import Patience
-from rich.console import Console
+from blindsum.client.terminal import QUICK, Json, MemberPath, console, literal
 from rich.table import Table
 
 model_app = typer.Typer(
     help="Publish models, signed and sealed; fetch those of others.", no_args_is_help=True
 )
 optimize_app = typer.Typer(help="Make a published model fit a device: measure candidates, choose, sign.")
-
-MemberPath = Annotated[Path, typer.Argument(help="The member's folder, made by `blindsum join`.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-
-_console = Console()
-_QUICK = Patience(total=15.0)
 
 
 @model_app.command("publish")
@@ -58,7 +51,7 @@ def publish_command(
     """Sign a model, seal it to the members, and leave it at the aggregator."""
     with np.load(weights, allow_pickle=False) as stored:
         artefact = pack_weights({one: stored[one] for one in stored.files})
-    with FederationView.open(folder, patience=_QUICK) as view:
+    with FederationView.open(folder, patience=QUICK) as view:
         manifest = manifest_for(
             artefact,
             federation=view.roster.federation,
@@ -87,7 +80,7 @@ def publish_command(
 @model_app.command("list")
 def list_command(folder: MemberPath, as_json: Json = False) -> None:
     """The models that the aggregator has."""
-    with FederationView.open(folder, patience=_QUICK) as view:
+    with FederationView.open(folder, patience=QUICK) as view:
         found = list_models(view)
     if as_json:
         rows = [
@@ -98,8 +91,8 @@ def list_command(folder: MemberPath, as_json: Json = False) -> None:
         return
     table = Table("publisher", "name", "version", "bytes")
     for one in found:
-        table.add_row(one.publisher, one.name, str(one.version), f"{one.total:,}")
-    _console.print(table)
+        table.add_row(literal(one.publisher), literal(one.name), str(one.version), f"{one.total:,}")
+    console.print(table)
 
 
 @model_app.command("fetch")
@@ -111,7 +104,7 @@ def fetch_command(
     at_least: Annotated[int, typer.Option(min=1, help="Refuse versions older than this.")] = 1,
 ) -> None:
     """Fetch the newest version of a model, and verify it."""
-    with FederationView.open(folder, patience=_QUICK) as view:
+    with FederationView.open(folder, patience=QUICK) as view:
         data = fetch_model(view, publisher, name, at_least=at_least)
         manifest = open_model(data, trust_in(view, publisher)).manifest
     write_model(out, data)
@@ -206,7 +199,7 @@ def optimize_command(
     write_model(out, signed)
     _show(report, as_json)
     if not as_json:
-        _console.print(f"Signed by {manifest.publisher}: {out}", highlight=False, soft_wrap=True)
+        console.print(f"Signed by {manifest.publisher}: {out}", highlight=False, soft_wrap=True)
 
 
 def _show(report: OptimisationReport, as_json: bool) -> None:
@@ -229,8 +222,8 @@ def _show(report: OptimisationReport, as_json: bool) -> None:
             verdict,
             style="bold" if one is report.chosen else None,
         )
-    _console.print(table)
-    _console.print(report.reason, highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(report.reason, highlight=False, soft_wrap=True)
 
 
 def _function(name: str) -> Any:

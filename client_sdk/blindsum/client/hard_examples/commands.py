@@ -14,8 +14,7 @@ from blindsum.client.hard_examples.dicom import read_dicom
 from blindsum.client.hard_examples.intake import Intake
 from blindsum.client.hard_examples.review_queue import DAY, QueuedExample, ReviewQueue, WrongState
 from blindsum.client.hard_examples.sealed_example import Consent, Example
-from blindsum.client.transport import Patience
-from rich.console import Console
+from blindsum.client.terminal import QUICK, Json, MemberPath, console, literal, printable
 from rich.table import Table
 
 app = typer.Typer(
@@ -23,14 +22,9 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-MemberPath = Annotated[Path, typer.Argument(help="The member's folder, made by `blindsum join`.")]
 ExampleId = Annotated[str, typer.Argument(help="The example's id, or as much of it as is unique.")]
 Reviewer = Annotated[str, typer.Option(help="Who decides; stands in the audit.")]
 Purpose = Annotated[str, typer.Option(help="What the images may be used for.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-
-_console = Console()
-_QUICK = Patience(total=15.0)
 
 
 @app.command("enable")
@@ -93,11 +87,11 @@ def list_command(folder: MemberPath, as_json: Json = False) -> None:
             str(one.label),
             f"{one.doubt:.2f}",
             f"{one.novelty:.0f}",
-            one.reason,
+            literal(one.reason),
             _date(one.proposed),
             "yes, for burned-in text" if one.look else "",
         )
-    _console.print(table)
+    console.print(table)
     if setting is None:
         typer.echo("Forwarding is off.")
     else:
@@ -157,7 +151,7 @@ def refuse_command(folder: MemberPath, example: ExampleId, reviewer: Reviewer) -
 @app.command("forward")
 def forward_command(folder: MemberPath) -> None:
     """Send what was approved, sealed to the recipient."""
-    with ReviewQueue(folder) as queue, FederationView.open(folder, patience=_QUICK) as view:
+    with ReviewQueue(folder) as queue, FederationView.open(folder, patience=QUICK) as view:
         sent = queue.forward(view)
     typer.echo(f"{len(sent)} sent.")
 
@@ -165,7 +159,7 @@ def forward_command(folder: MemberPath) -> None:
 @app.command("withdraw")
 def withdraw_command(folder: MemberPath, example: ExampleId) -> None:
     """Take an example back: deleted at the server now, at the recipient when it next looks."""
-    with ReviewQueue(folder) as queue, FederationView.open(folder, patience=_QUICK) as view:
+    with ReviewQueue(folder) as queue, FederationView.open(folder, patience=QUICK) as view:
         state = queue.withdraw(_find(queue, example).id, view)
     typer.echo(f"It is {state}. What was trained on it isn't unlearnt.")
 
@@ -199,11 +193,11 @@ def collect_command(
     known = np.load(own, allow_pickle=False) if own is not None else ()
     with (
         Intake(folder, purpose=purpose, own=known) as intake,
-        FederationView.open(folder, patience=_QUICK) as view,
+        FederationView.open(folder, patience=QUICK) as view,
     ):
         changed = intake.collect(view)
     for one in changed:
-        typer.echo(f"{one.id.hex()[:16]} from {one.sender}: {one.state}, {one.reason}")
+        typer.echo(f"{one.id.hex()[:16]} from {printable(one.sender)}: {one.state}, {printable(one.reason)}")
     typer.echo(f"{len(changed)} new.")
 
 
