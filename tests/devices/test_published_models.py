@@ -2,8 +2,10 @@
 
 import hashlib
 import itertools
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,41 @@ def test_models_travel_by_the_aggregator_which_cannot_read_them(federation: Fede
         federation.stop_server()
         federation.start_server()
         assert fetch_model(clinic, "hospital", "chest") == fetch_model(clinic, "hospital", "chest")
+
+
+def test_an_older_version_than_one_fetched_before_is_refused(federation: Federation) -> None:
+    """The aggregator hides the newest version: what it still has is signed, but a step back."""
+    with FederationView.open(federation.path("hospital")) as hospital:
+        for number in (1, 2):
+            described = manifest(
+                federation=hospital.roster.federation, publisher="hospital", name="hand", version=number
+            )
+            send_model(
+                hospital, publish(described, ARTEFACT, hospital.identity, group_key=hospital.group_key)
+            )
+    with FederationView.open(federation.path("clinic")) as clinic:
+        newest = fetch_model(clinic, "hospital", "hand")
+        assert open_model(newest, trust_in(clinic, "hospital")).manifest.version == 2
+    federation.stop_server()
+    with sqlite3.connect(federation.folder / "server/state.sqlite") as state:
+        assert state.execute("DELETE FROM model WHERE name = 'hand' AND number = 2").rowcount == 1
+    state.close()
+    federation.start_server()
+    with FederationView.open(federation.path("clinic")) as clinic:
+        assert [one.version for one in list_models(clinic) if one.name == "hand"] == [1]
+        with pytest.raises(ModelRefused, match="older than version 2, seen before"):
+            fetch_model(clinic, "hospital", "hand")
+    with FederationView.open(federation.path("other")) as other:
+        opened = open_model(fetch_model(other, "hospital", "hand"), trust_in(other, "hospital"))
+        assert opened.manifest.version == 1, "who saw nothing newer can't know"
+
+
+def test_who_holds_an_expired_roster_does_nothing_under_it(federation: Federation) -> None:
+    """The aggregator withholds what the owner signed since: whoever was removed would still be trusted."""
+    long_after = time.time() + 31 * 86_400
+    with pytest.raises(PolicyViolation, match="has expired"):
+        FederationView.open(federation.path("clinic"), now=lambda: long_after)
+    FederationView.open(federation.path("clinic"), fetch=False, now=lambda: long_after).close()
 
 
 def test_publishing_and_opening_need_no_torch() -> None:

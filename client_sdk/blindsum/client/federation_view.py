@@ -6,6 +6,8 @@ only while it fetches newer documents, so that a `Member` may run at the same ti
 """
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -18,6 +20,7 @@ from blindsum.crypto.primitives.signing import SigningKey
 from blindsum.crypto.trust.group_key import GroupKey
 from blindsum.crypto.trust.policy import Policy
 from blindsum.crypto.trust.roster import Roster
+from blindsum.crypto.trust.round_check import require_valid
 
 
 class FederationView:
@@ -42,13 +45,22 @@ class FederationView:
         self.group_key: GroupKey | None = documents.group_key
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, patience: Patience = DEFAULT, fetch: bool = True) -> Self:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        patience: Patience = DEFAULT,
+        fetch: bool = True,
+        now: Callable[[], float] = time.time,
+    ) -> Self:
         """The view from a member's folder, with newer documents from the aggregator if `fetch`.
 
         Where a `Member` has the folder open, that member fetches. Raises `FolderError` for a member that
-        wasn't admitted yet or has no roster, `DocumentError`, `Refused` and `Unreachable` from fetching.
+        wasn't admitted yet or has no roster, `DocumentError`, `Refused` and `Unreachable` from fetching, and
+        `PolicyViolation` if `fetch` found no roster and policy that are still valid: who was removed since
+        can't be known then.
         """
-        place = Path(path)
+        place, newest = Path(path), fetch
         try:
             folder = MemberFolder(place, read_only=not fetch)
         except FolderInUse:
@@ -73,6 +85,8 @@ class FederationView:
                     documents.follow(line.first_notice())
                 if documents.roster is None or documents.policy is None:
                     raise FolderError(f"{place} has no roster yet; connect it to the aggregator once")
+                if newest:
+                    require_valid(documents.policy, documents.roster, now())
                 return cls(place, folder, documents, line)
             except BaseException:
                 line.close()

@@ -7,6 +7,7 @@
     member.db         counters, documents, the running round, receipts (SQLite)
     state-*.bin       training states             spool-<n>.bin  the running round's upload
     local.bin         the tensors that aren't shared
+    model-*.bin       newest version of each published model that was fetched
     lock              held while the folder is open
 
 Everything has mode 0600 in a folder of mode 0700; what was written is durable before it is used.

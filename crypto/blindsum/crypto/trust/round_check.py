@@ -63,6 +63,15 @@ def check_header(bound: BoundHeader, pinned: Pinned, *, now: float) -> None:
     _check_state(header, pinned)
 
 
+def require_valid(policy: Policy, roster: Roster, now: float) -> None:
+    """Raises `PolicyViolation` for an expired one: a removal that is withheld ends here at the latest."""
+    for name, until in (("policy", policy.valid_until), ("roster", roster.valid_until)):
+        if now > until:
+            raise PolicyViolation(
+                f"the {name} has expired; nothing goes on under it until the owner renews it"
+            )
+
+
 def check_newer_policy(old: Policy, new: Policy) -> None:
     """Raises `DocumentError` unless `new` may take the place of the pinned `old`: versions only grow."""
     if new.federation != old.federation:
@@ -122,9 +131,7 @@ def _check_documents(header: Header, pinned: Pinned, now: float) -> None:
             raise ServerViolation(name, f"the round is under another {name} than the one held here")
     if plan.policy != pinned.policy_digest:
         raise PolicyViolation("the plan was made under another policy; ask the owner to sign it anew")
-    for name, until in (("policy", policy.valid_until), ("roster", roster.valid_until)):
-        if now > until:
-            raise PolicyViolation(f"the {name} has expired; no round starts until the owner renews it")
+    require_valid(policy, roster, now)
     if header.plan_name != plan.name:
         raise ServerViolation("plan name", "the round names another plan")
     roster.entry(pinned.member)
