@@ -712,7 +712,9 @@ class FederationEngine:
                 state = states.get(int(number)) if number.isdigit() else None
                 # A published round's spools may be checkpoints on the way, its result is what members get.
                 ended = state == ABORTED or (state in (PUBLISHED, CONCLUDED) and room != "result")
-                if ended and not (state == PUBLISHED and room == "spool"):
+                # Spools of first states and published models hang on no round, and no call is in progress.
+                broken_off = room == "spool" and not number.isdigit()
+                if broken_off or (ended and not (state == PUBLISHED and room == "spool")):
                     self._around.blobs.delete(name)
 
     def _rounds(self) -> list[RoundRecord]:

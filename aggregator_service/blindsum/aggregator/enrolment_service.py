@@ -5,12 +5,12 @@ neither admits nor forges.
 """
 
 import asyncio
-import hashlib
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from blindsum.aggregator.described_stream import description, spooled
 from blindsum.aggregator.engine import FederationEngine, checkpoint_name, event
 from blindsum.aggregator.publishing import Publication
 from blindsum.aggregator.round_run import Surroundings
@@ -321,47 +321,19 @@ class EnrolmentService:
         self, requests: AsyncIterator[wire.PublishCheckpointRequest], _caller: None
     ) -> wire.PublishCheckpointResponse:
         """Take a sealed S_0, before the plan that names it."""
-        try:
-            first = await anext(requests)
-        except StopAsyncIteration:
-            raise Refused(RefusalReason.MALFORMED, "the stream is empty") from None
-        if first.WhichOneof("part") != "start":
-            raise Refused(RefusalReason.MALFORMED, "the stream starts with its description")
-        start = first.start
+        start: wire.PublishCheckpointStart = await description(requests, self._settings)
         _exactly(start.state, 32, "a state's digest")
         engine = self._proven(
             start.proof, "PublishCheckpoint", start.state, start.total.to_bytes(8, "little")
         )
-        blobs = self._around.blobs
         if not 0 < start.total <= MAX_FIRST_STATE_BYTES:
             raise Refused(RefusalReason.WRONG_SIZE, "a first state is neither empty nor endless")
-        if blobs.free_bytes() < start.total + self._settings.disk_reserve:
-            raise Refused(RefusalReason.LIMIT, "the aggregator's disk is nearly full; tell its operator")
-        loop = asyncio.get_running_loop()
         name = f"spool/{engine.federation.hex()[:32]}.first.{os.urandom(8).hex()}"
-        spool = blobs.spool(name)
-        digest = hashlib.sha256()
-
-        def write(data: bytes) -> None:
-            spool.append(data)
-            digest.update(data)
-
-        try:
-            async for part in requests:
-                data = part.data if part.WhichOneof("part") == "data" else b""
-                if not data:
-                    raise Refused(RefusalReason.MALFORMED, "after its description the stream is data")
-                if spool.size + len(data) > start.total:
-                    raise Refused(RefusalReason.WRONG_SIZE, "the stream is longer than it said")
-                await loop.run_in_executor(self._around.executor, write, data)
-            if spool.size != start.total:
-                raise Refused(RefusalReason.WRONG_SIZE, "the stream is shorter than it said; send it again")
-            sealed = digest.digest()
+        async with spooled(requests, name, start.total, self._settings, self._around) as (spool, sealed):
             target = checkpoint_name(engine.federation, sealed)
-            await loop.run_in_executor(self._around.executor, blobs.keep, spool, name, target)
-        finally:
-            spool.close()
-            blobs.delete(name)
+            await asyncio.get_running_loop().run_in_executor(
+                self._around.executor, self._around.blobs.keep, spool, name, target
+            )
         now = self._around.clock.now_ms()
         await asyncio.shield(
             self._around.store.commit(

@@ -30,7 +30,7 @@ ciphertext.
 """
 MAX_SEALED_BYTES: Final = 512 * 1024
 MAX_WAITING: Final = 1000
-"""Examples of one sender that wait for their receivers."""
+"""Examples of one sender that wait for their receivers: to be taken, or to be deleted after a withdrawal."""
 MAX_WAITING_BYTES: Final = 64 << 20
 
 _State = wire.ExampleState
@@ -40,6 +40,8 @@ _NAMES: Final = {
     wire.EXAMPLE_STATE_WITHDRAWN: "withdrawn",
     wire.EXAMPLE_STATE_DELETED: "deleted",
 }
+_LISTED: Final = (wire.EXAMPLE_STATE_WAITING, wire.EXAMPLE_STATE_WITHDRAWN)
+"""What its receiver has to deal with."""
 
 
 def blob_name(federation: bytes, example: bytes) -> str:
@@ -88,15 +90,10 @@ class ExampleService:
                 if (known.sender, known.recipient, known.digest) == (peer.member, request.recipient, digest):
                     return
                 raise Refused(RefusalReason.CONFLICT, "another example has this id; draw a new one")
-            waiting = [
-                row
-                for row in around.store.find(ExampleRecord, federation=peer.federation, sender=peer.member)
-                if row.state == _NAMES[wire.EXAMPLE_STATE_WAITING]
-            ]
-            if (
-                len(waiting) >= MAX_WAITING
-                or sum(row.size for row in waiting) + len(request.sealed) > MAX_WAITING_BYTES
-            ):
+            rows = around.store.find(ExampleRecord, federation=peer.federation, sender=peer.member)
+            listed = [row for row in rows if _state(row) in _LISTED]
+            stored = sum(row.size for row in rows if _state(row) == wire.EXAMPLE_STATE_WAITING)
+            if len(listed) >= MAX_WAITING or stored + len(request.sealed) > MAX_WAITING_BYTES:
                 raise Refused(
                     RefusalReason.LIMIT, "too many examples of this member wait for their receivers already"
                 )
@@ -123,14 +120,13 @@ class ExampleService:
     ) -> wire.ListExamplesResponse:
         """What this member is to fetch or to delete."""
         rows = self._around.store.find(ExampleRecord, federation=peer.federation, recipient=peer.member)
-        open_states = (wire.EXAMPLE_STATE_WAITING, wire.EXAMPLE_STATE_WITHDRAWN)
         return wire.ListExamplesResponse(
             items=[
                 wire.ListExamplesResponse.Item(
                     example=row.example, sender=row.sender, state=state, size=row.size
                 )
                 for row in sorted(rows, key=lambda row: row.created_ms)
-                if (state := _state(row)) in open_states
+                if (state := _state(row)) in _LISTED
             ]
         )
 

@@ -5,12 +5,13 @@ what the publisher signed, is checked by those who open them; the aggregator can
 """
 
 import asyncio
-import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final, TypeVar
 
+from blindsum.aggregator.described_stream import description, spooled
 from blindsum.aggregator.engine import FederationEngine, event
 from blindsum.aggregator.peer_identity import PeerIdentity
 from blindsum.aggregator.round_run import Surroundings
@@ -28,6 +29,8 @@ MAX_MODEL_BYTES: Final = 256 << 20
 MAX_NAMES: Final = 16
 """Models of different names that one member may publish."""
 KEEP_VERSIONS: Final = 3
+MAX_AT_ONCE: Final = 2
+"""Publications of one member in progress: one, and one whose connection was lost unnoticed."""
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
@@ -49,6 +52,7 @@ class ModelService:
         self._around = around
         self._engines = engines
         self._publishing = asyncio.Lock()
+        self._coming: Counter[tuple[bytes, str]] = Counter()
 
     async def PublishModel(  # noqa: N802
         self, requests: AsyncIterator[wire.PublishModelRequest], peer: PeerIdentity
@@ -56,13 +60,7 @@ class ModelService:
         """Take a version. Idempotent for the same bytes; another model under a version that is there is
         refused.
         """
-        try:
-            first = await anext(requests)
-        except StopAsyncIteration:
-            raise Refused(RefusalReason.MALFORMED, "the stream is empty") from None
-        if first.WhichOneof("part") != "start":
-            raise Refused(RefusalReason.MALFORMED, "the stream starts with its description")
-        start = first.start
+        start: wire.PublishModelStart = await description(requests, self._settings)
         if not _NAME.fullmatch(start.name) or not 0 < start.version < 1 << 53 or len(start.digest) != 32:
             raise Refused(
                 RefusalReason.MALFORMED, "a model has a name, a version from 1 and a SHA-256 digest"
@@ -71,34 +69,31 @@ class ModelService:
             raise Refused(RefusalReason.WRONG_SIZE, f"a model has 1 to {MAX_MODEL_BYTES} bytes")
         if self._is_there(start, peer):
             return wire.PublishModelResponse()
-        blobs = self._around.blobs
-        if blobs.free_bytes() < start.total + self._settings.disk_reserve:
-            raise Refused(RefusalReason.LIMIT, "the aggregator's disk is nearly full; tell its operator")
-        name = f"spool/{peer.federation.hex()[:32]}.model.{os.urandom(8).hex()}"
-        spool = blobs.spool(name)
-        digest = hashlib.sha256()
-
-        def write(data: bytes) -> None:
-            spool.append(data)
-            digest.update(data)
-
+        caller = (peer.federation, peer.member)
+        if self._coming[caller] >= MAX_AT_ONCE:
+            raise Refused(
+                RefusalReason.LIMIT, f"{MAX_AT_ONCE} publications of this member are in progress; let one end"
+            )
+        self._coming[caller] += 1
         try:
-            async for part in requests:
-                data = part.data if part.WhichOneof("part") == "data" else b""
-                if not data:
-                    raise Refused(RefusalReason.MALFORMED, "after its description the stream is data")
-                if spool.size + len(data) > start.total:
-                    raise Refused(RefusalReason.WRONG_SIZE, "the stream is longer than it said")
-                await self._work(write, data)
-            if spool.size != start.total:
-                raise Refused(RefusalReason.WRONG_SIZE, "the stream is shorter than it said; send it again")
-            if digest.digest() != start.digest:
+            await self._receive(start, requests, peer)
+        finally:
+            self._coming[caller] -= 1
+            if not self._coming[caller]:
+                del self._coming[caller]
+        return wire.PublishModelResponse()
+
+    async def _receive(
+        self,
+        start: wire.PublishModelStart,
+        requests: AsyncIterator[wire.PublishModelRequest],
+        peer: PeerIdentity,
+    ) -> None:
+        name = f"spool/{peer.federation.hex()[:32]}.model.{os.urandom(8).hex()}"
+        async with spooled(requests, name, start.total, self._settings, self._around) as (spool, digest):
+            if digest != start.digest:
                 raise Refused(RefusalReason.WRONG_DIGEST, "the bytes aren't those that were announced")
             await asyncio.shield(asyncio.ensure_future(self._publish(start, peer, spool, name)))
-        finally:
-            spool.close()
-            blobs.delete(name)
-        return wire.PublishModelResponse()
 
     def _of(self, peer: PeerIdentity) -> list[ModelRecord]:
         return self._around.store.find(ModelRecord, federation=peer.federation, publisher=peer.member)
