@@ -1,6 +1,7 @@
 """The admin port: who gets in; live is not ready; storage that fails makes the server unready, and back."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -49,6 +50,17 @@ def test_health_is_open_and_everything_else_asks_for_the_token(run_server: Run) 
     for bad in ("Bearer", good[:-1], good + "0", f"Basic {token(handle)}", token(handle)):
         assert get(handle, "/metrics", Authorization=bad).status_code == 401, bad
     assert get(handle, "/nothing", Authorization=good).status_code == 404
+
+
+@pytest.mark.parametrize("host", ["x/livez?", "x/livez#", "x\\livez?", "/livez?", "evil@x/login?", ""])
+def test_a_host_header_opens_nothing(run_server: Run, host: str) -> None:
+    """What a caller writes there must not become part of the path that is looked up."""
+    handle = run_server()
+    address = ("127.0.0.1", handle.server.admin_port)
+    with socket.create_connection(address, 20) as line:
+        line.sendall(f"GET /metrics HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        answer = line.makefile("rb").read()
+    assert answer.split(b" ", 2)[1] in (b"400", b"401"), answer[:200]
 
 
 def test_the_token_is_made_once_and_only_for_the_owner_of_the_file(run_server: Run, tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ class _RequireCredentials:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             connection = HTTPConnection(scope)
-            path = connection.url.path
+            # The path that is routed by; `url` may have been made from what the caller says its host is.
+            path = scope["path"]
             if path not in self._open_paths and not self._credentials.admits(connection):
                 if "text/html" in connection.headers.get("accept", "") and scope["method"] == "GET":
                     await RedirectResponse("/login", 303)(scope, receive, send)
