@@ -114,6 +114,7 @@ def test_mutated_questions(service: ServiceProcess, line: CloudTail, attacker: A
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_ten_thousand_mutated_questions(service: ServiceProcess, line: CloudTail, attacker: Attacker) -> None:
     refused, evaluated = assault(attacker, 10_000, seed=2)
     assert evaluated >= 5000
