@@ -14,8 +14,10 @@ import psutil
 import pytest
 from blindsum.client.inference import CloudTail, CloudUnavailable
 from blindsum.client.inference.cloud_tail import GRACE_SECONDS, KEY_SECONDS, ClearFeatureWarning
-from blindsum.crypto.errors import ParameterRefused
+from blindsum.crypto.errors import ParameterRefused, Refused
 from blindsum.crypto.inference.circuit import SQUARE
+from blindsum.crypto.inference.tail_wire import keys_digest
+from blindsum.inference.member_records import MemberRecords
 from blindsum.proto.v1 import inference_pb2, inference_pb2_grpc
 from linear_edge import LABELS, edge_model, site_images
 from random_tails import random_features, random_tail
@@ -267,6 +269,31 @@ def test_strangers_are_refused(service: ServiceProcess, tmp_path: Path) -> None:
     stranger = CloudTail(service.address, ca=service.ca, key=key, certificate=chain)
     with stranger, pytest.raises(CloudUnavailable, match="UNAVAILABLE"):
         stranger.prepare()
+
+
+def test_members_of_other_federations_are_refused_where_one_is_named(tmp_path: Path) -> None:
+    """An aggregator certifies the members of all its owners; each could ask as often as a day allows."""
+    service = ServiceProcess(tmp_path, TAIL, "--federation", "ab" * 32)
+    try:
+        with pytest.raises(grpc.RpcError) as error:
+            stub_of(service, "clinic-1").DescribeTail(inference_pb2.DescribeTailRequest())
+        assert reason(error) == "unknown_member"
+    finally:
+        service.close()
+
+
+def test_evaluation_keys_that_were_damaged_on_the_disk_can_be_registered_again(tmp_path: Path) -> None:
+    records = MemberRecords(tmp_path)
+    keys, tail = b"evaluation keys", bytes(32)
+    digest = keys_digest(keys)
+    records.keep_keys("clinic-1", tail, keys, 0)
+    (tmp_path / "keys" / digest.hex()).write_bytes(b"eval")
+    with pytest.raises(Refused, match="register them again"):
+        records.keys(digest)
+    assert not records.has_keys("clinic-1", tail, digest, 0), "or a member would be told that they are there"
+    records.keep_keys("clinic-1", tail, keys, 0)
+    assert records.keys(digest) == keys
+    records.close()
 
 
 def test_a_pinned_version_is_kept(service: ServiceProcess) -> None:

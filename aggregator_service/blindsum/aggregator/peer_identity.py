@@ -8,7 +8,7 @@ key under that name.
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from blindsum.aggregator.clock import Clock
 from blindsum.aggregator.store.records import CertificateRecord
@@ -35,6 +35,28 @@ class PeerIdentity:
         return f"{self.member}@{self.federation.hex()[:8]}"
 
 
+@dataclass(frozen=True)
+class CertifiedName:
+    """Whom a call's client certificate names. TLS checked the chain when the connection was made, no more."""
+
+    federation: bytes
+    member: str
+    pem: bytes
+
+    @classmethod
+    def of(cls, context: Any) -> Self:
+        """From a call's TLS context. Raises `Refused` (unknown_member)."""
+        auth = context.auth_context()
+        names = auth.get("x509_subject_alternative_name") or []
+        pems = auth.get("x509_pem_cert") or []
+        if len(names) != 1 or len(pems) != 1:
+            raise Refused(RefusalReason.UNKNOWN_MEMBER, "the client certificate names no single member")
+        match = _URI.fullmatch(names[0].decode("ascii", "replace"))
+        if match is None:
+            raise Refused(RefusalReason.UNKNOWN_MEMBER, "the client certificate isn't a member's")
+        return cls(bytes.fromhex(match.group(1)), match.group(2), pems[0])
+
+
 class RosterSource(Protocol):
     """Where the roster in force comes from."""
 
@@ -53,19 +75,11 @@ class PeerCheck:
 
     def __call__(self, context: Any) -> PeerIdentity:
         """The caller. Raises `Refused` (unknown_member, expired)."""
-        auth = context.auth_context()
-        names = auth.get("x509_subject_alternative_name") or []
-        pems = auth.get("x509_pem_cert") or []
-        if len(names) != 1 or len(pems) != 1:
-            raise Refused(RefusalReason.UNKNOWN_MEMBER, "the client certificate names no single member")
-        match = _URI.fullmatch(names[0].decode("ascii", "replace"))
-        if match is None:
-            raise Refused(RefusalReason.UNKNOWN_MEMBER, "the client certificate isn't a member's")
-        federation, member = bytes.fromhex(match.group(1)), match.group(2)
-        issued = self._record(pems[0])
-        if issued is None or (issued.federation, issued.member) != (federation, member):
+        named = CertifiedName.of(context)
+        issued = self._record(named.pem)
+        if issued is None or (issued.federation, issued.member) != (named.federation, named.member):
             raise Refused(RefusalReason.UNKNOWN_MEMBER, "this server didn't issue the client certificate")
-        peer = PeerIdentity(federation, member, issued.identity, issued.not_after_ms)
+        peer = PeerIdentity(named.federation, named.member, issued.identity, issued.not_after_ms)
         self.require_current(peer)
         return peer
 

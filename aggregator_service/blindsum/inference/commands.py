@@ -63,6 +63,10 @@ def serve(
             help="PEM of the authority of members' certificates: an aggregator's authority/transport_ca.pem.",
         ),
     ] = None,
+    federation: Annotated[
+        list[str] | None,
+        typer.Option("--federation", help="Serve members of this federation (64 hex digits); else all."),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 by default.")] = None,
     name: Annotated[
         list[str] | None, typer.Option("--name", help="DNS name or address that members use to reach you.")
@@ -92,6 +96,7 @@ def serve(
         "data_dir": data,
         "tail": tail,
         "client_ca": client_ca,
+        "federations": tuple(federation) if federation else None,
         "host": host,
         "server_names": tuple(name) if name else None,
         "port": port,

@@ -100,6 +100,8 @@ class MemberRecords:
         except OSError:
             data = b""
         if keys_digest(data) != digest:
+            # Damaged, as after a power cut: without the file they can be registered again.
+            self._path(digest).unlink(missing_ok=True)
             raise Refused(RefusalReason.WRONG_DIGEST, "the evaluation keys aren't here; register them again")
         return data
 

@@ -1,16 +1,15 @@
 """Which member calls: the name in its transport certificate, checked at each call."""
 
 import datetime
-import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from blindsum.aggregator.peer_identity import CertifiedName
 from blindsum.crypto.errors import RefusalReason, Refused
 from cryptography import x509
 
-_URI = re.compile(r"blindsum:([0-9a-f]{64})/([a-z0-9][a-z0-9-]{0,62})")
 _CACHED = 4096
 
 
@@ -33,29 +32,31 @@ class MemberCheck:
     """Turns a call's TLS context into the member that calls.
 
     TLS has checked the certificate's chain when the connection was made; whether it has expired since, and
-    whether the operator shut the member out, is checked at each call.
+    whether the operator serves the member, is checked at each call. `served` are federations in hexadecimal;
+    all if empty.
     """
 
-    def __init__(self, refused: frozenset[str], now: Callable[[], datetime.datetime] = _now) -> None:
+    def __init__(
+        self,
+        refused: frozenset[str],
+        served: frozenset[str] = frozenset(),
+        now: Callable[[], datetime.datetime] = _now,
+    ) -> None:
         self._refused = refused
+        self._served = served
         self._now = now
         self._expiry: OrderedDict[bytes, datetime.datetime] = OrderedDict()
 
     def __call__(self, context: Any) -> CallingMember:
         """The caller. Raises `Refused` (unknown_member, expired)."""
-        auth = context.auth_context()
-        names = auth.get("x509_subject_alternative_name") or []
-        pems = auth.get("x509_pem_cert") or []
-        if len(names) != 1 or len(pems) != 1:
-            raise Refused(RefusalReason.UNKNOWN_MEMBER, "the client certificate names no single member")
-        match = _URI.fullmatch(names[0].decode("ascii", "replace"))
-        if match is None:
-            raise Refused(RefusalReason.UNKNOWN_MEMBER, "the client certificate isn't a member's")
-        if self._now() >= self._not_after(pems[0]):
+        named = CertifiedName.of(context)
+        if self._now() >= self._not_after(named.pem):
             raise Refused(RefusalReason.EXPIRED, "the client certificate has expired; renew it")
-        caller = CallingMember(bytes.fromhex(match.group(1)), match.group(2))
+        caller = CallingMember(named.federation, named.member)
         if str(caller) in self._refused or caller.member in self._refused:
             raise Refused(RefusalReason.UNKNOWN_MEMBER, "the operator refuses this member")
+        if self._served and caller.federation.hex() not in self._served:
+            raise Refused(RefusalReason.UNKNOWN_MEMBER, "this service isn't for the member's federation")
         return caller
 
     def _not_after(self, pem: bytes) -> datetime.datetime:

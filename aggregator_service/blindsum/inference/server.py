@@ -82,7 +82,7 @@ class InferenceServer:
             maximum_concurrent_rpcs=settings.max_calls,
         )
         descriptor = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
-        check = MemberCheck(frozenset(settings.refused_members))
+        check = MemberCheck(frozenset(settings.refused_members), frozenset(settings.federations))
         self._server.add_generic_rpc_handlers((strict_handler(descriptor, service, check),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         credentials = grpc.ssl_server_credentials(

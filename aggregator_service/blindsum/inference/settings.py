@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from blindsum.aggregator.settings import SettingsRefused
 from pydantic import Field, ValidationError
@@ -26,6 +26,10 @@ class InferenceSettings(BaseSettings):
     port: int = Field(default=8472, ge=0, le=65535)
     server_names: tuple[str, ...] = ("localhost", "127.0.0.1")
     server_certificate_days: int = Field(default=90, ge=2, le=398)
+    federations: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = ()
+    """Federations whose members are served, in hexadecimal; all whose members `client_ca` certifies if empty:
+    an aggregator's authority certifies those of each of its owners.
+    """
     refused_members: tuple[str, ...] = ()
     """Members that are shut out, as `<id>` or `<federation hex>/<id>`."""
     questions_a_day: int = Field(default=2000, ge=1)
