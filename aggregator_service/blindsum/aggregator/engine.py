@@ -189,10 +189,10 @@ class FederationEngine:
         plan = self.documents.plan
         if plan is None:
             return None
-        rows = self._around.store.find(
-            CheckpointRecord, federation=self.federation, chain=chain_of(plan), agreed=1
+        rows = self._around.store.newest(
+            CheckpointRecord, 1, federation=self.federation, chain=chain_of(plan), agreed=1
         )
-        return max(rows, key=lambda row: row.state_round, default=None)
+        return rows[0] if rows else None
 
     async def _restore_round(self, record: RoundRecord) -> None:
         try:
@@ -723,30 +723,32 @@ class FederationEngine:
     def _retire(self) -> None:
         """Delete published sums and checkpoints beyond those that are kept. Blocks."""
         store, blobs, keep = self._around.store, self._around.blobs, self._settings.keep_rounds
-        rows = store.find(RoundRecord, federation=self.federation, state=CONCLUDED)
-        kept = {result_name(self.federation, row.number) for row in rows[-keep:]}
+        # Read are the records that are kept, not all there ever were: a round costs as much as any other.
+        rows = store.newest(RoundRecord, keep, federation=self.federation, state=CONCLUDED)
+        kept = {result_name(self.federation, row.number) for row in rows}
         if self.run is not None:
             kept.add(result_name(self.federation, self.run.number))
         for name in blobs.names("result"):
             if name.startswith(f"result/{self.federation.hex()[:32]}.") and name not in kept:
                 blobs.delete(name)
-        states = store.find(CheckpointRecord, federation=self.federation, agreed=1)
-        by_chain: dict[bytes, list[CheckpointRecord]] = {}
-        for row in states:
-            by_chain.setdefault(row.chain, []).append(row)
-        wanted = {
-            checkpoint_name(self.federation, row.sealed_digest)
-            for chain in by_chain.values()
-            for row in sorted(chain, key=lambda row: row.state_round)[-keep:]
-        }
-        if self._checkpoint is not None:
-            wanted.add(checkpoint_name(self.federation, self._checkpoint.sealed_digest))
         for name in blobs.names("checkpoint"):
-            # S_0s that wait for their plan are listed nowhere else.
-            if name.startswith(f"checkpoint/{self.federation.hex()[:32]}.") and name not in wanted:
-                digest = bytes.fromhex(name.rpartition(".")[2])
-                if any(row.sealed_digest == digest for row in states):
-                    blobs.delete(name)
+            if name.startswith(f"checkpoint/{self.federation.hex()[:32]}.") and self._expired(name):
+                blobs.delete(name)
+
+    def _expired(self, checkpoint: str) -> bool:
+        """Whether a stored training state is older than the newest `keep_rounds` of every chain it is in."""
+        store, keep = self._around.store, self._settings.keep_rounds
+        waiting = self._checkpoint
+        if waiting is not None and checkpoint == checkpoint_name(self.federation, waiting.sealed_digest):
+            return False
+        digest = bytes.fromhex(checkpoint.rpartition(".")[2])
+        states = store.find(CheckpointRecord, federation=self.federation, sealed_digest=digest, agreed=1)
+        for row in states:
+            kept = store.newest(CheckpointRecord, keep, federation=self.federation, chain=row.chain, agreed=1)
+            if any(other.sealed_digest == digest for other in kept):
+                return False
+        # S_0s that wait for their plan have no record yet.
+        return bool(states)
 
     # Members' calls about rounds
 
