@@ -96,6 +96,25 @@ def test_one_that_fails_takes_no_other_along(store: SqliteState) -> None:
     assert store.get(ReplyRecord, FEDERATION, 1, "upload", "taken") == reply("taken")
 
 
+def test_in_full_groups_of_two_kinds_only_those_fail_that_came_second(store: SqliteState) -> None:
+    def both(member: str, sequence: int) -> tuple[Insert, Insert]:
+        contribution = ContributionRecord(FEDERATION, 1, member, bytes([sequence % 256]) * 32, b"f" * 64)
+        return Insert(reply(member, sequence=sequence)), Insert(contribution)
+
+    async def run() -> list[object]:
+        # Every member twice, and one whose number can't be stored.
+        jobs = [both(f"m{i % 150}", i) for i in range(300)]
+        jobs.insert(70, both("huge", 1 << 63))
+        return await asyncio.gather(*(store.commit(*job) for job in jobs), return_exceptions=True)
+
+    outcomes = asyncio.run(run())
+    assert isinstance(outcomes.pop(70), StorageFailed)
+    assert outcomes[:150] == [None] * 150
+    assert all(isinstance(outcome, Taken) for outcome in outcomes[150:])
+    assert sorted(row.sequence for row in store.find(ReplyRecord)) == list(range(150))
+    assert sorted(row.member for row in store.find(ContributionRecord)) == sorted(f"m{i}" for i in range(150))
+
+
 def test_compare_and_set_moves_a_version_once(store: SqliteState) -> None:
     commit(store, Insert(a_round(1)))
     commit(store, Advance(a_round(2, "published")))
