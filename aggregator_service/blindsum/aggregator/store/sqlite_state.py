@@ -15,7 +15,8 @@ import threading
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,8 +41,8 @@ _GROUP = 48
 _QUICK_GROUP = 22
 _QUICK_S = 0.001
 """On a disk that takes less for a commit, more rows at once would take longer than their sync."""
-_ROWS = (32, 16, 8, 4, 2, 1)
-"""Rows of a statement; the fewer different statements, the more are in SQLite's cache of them."""
+_STATEMENTS = 512
+"""Statements that a connection keeps prepared: those that store 1 to 48 rows, for some kinds of them."""
 _BUSY_MS = 5000
 _COLUMN = {bytes: "BLOB NOT NULL", str: "TEXT NOT NULL", int: "INTEGER NOT NULL"}
 
@@ -72,39 +73,25 @@ def _definition(kind: type[Record]) -> str:
     return f"CREATE TABLE IF NOT EXISTS {_table(kind)} ({', '.join(columns)}, PRIMARY KEY ({key}))"
 
 
-@functools.cache
-def _row(kind: Any) -> Callable[[Record], tuple[Any, ...]]:
-    return operator.attrgetter(*_columns(kind))
+_row: Any = functools.cache(lambda kind: operator.attrgetter(*_names(kind)))
+"""What a record's columns hold."""
 
 
-def _values(record: Record) -> tuple[Any, ...]:
-    """What a record's columns hold."""
-    return _row(type(record))(record)
+def _statement(verb: str, kind: type[Record], count: int) -> str:
+    names = ", ".join(_columns(kind))
+    marks = f"({', '.join('?' for _ in _columns(kind))})"
+    return f"{verb} INTO {_table(kind)} ({names}) VALUES {', '.join([marks] * count)}"
 
 
-@functools.cache
-def _storing(verb: str, kind: Any, count: int) -> str:
-    """The statement that stores so many records."""
-    names = _columns(kind)
-    marks = f"({', '.join('?' for _ in names)})"
-    rows = ", ".join([marks] * count)
-    return f"{verb} INTO {_table(kind)} ({', '.join(names)}) VALUES {rows}"
-
-
-def _parts(records: list[Record]) -> Iterator[tuple[int, list[Record]]]:
-    """The records in as few parts as there are for which statements are kept."""
-    at = 0
-    for size in _ROWS:
-        while len(records) - at >= size:
-            yield size, records[at : at + size]
-            at += size
+_storing: Any = functools.cache(_statement)
+"""The statement that stores so many records."""
 
 
 def _where(names: typing.Iterable[str]) -> str:
     return " AND ".join(f"{name} = ?" for name in names) or "1"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Job:
     changes: tuple[Change, ...]
     loop: asyncio.AbstractEventLoop
@@ -139,7 +126,9 @@ class SqliteState:
         self._thread.start()
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            self._path, isolation_level=None, check_same_thread=False, cached_statements=_STATEMENTS
+        )
         connection.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
         connection.execute("PRAGMA synchronous=FULL")
         return connection
@@ -260,9 +249,9 @@ class SqliteState:
                     return False
                 rows.setdefault(type(change.record), []).append(change.record)
         statements = [
-            (_storing("INSERT", kind, size), [value for record in part for value in _values(record)])
+            (_storing("INSERT", kind, len(part)), list(chain.from_iterable(map(_row(kind), part))))
             for kind, records in rows.items()
-            for size, part in _parts(records)
+            for part in (records[at : at + _GROUP] for at in range(0, len(records), _GROUP))
         ]
         if len(statements) == 1:
             # A transaction by itself.
@@ -338,7 +327,7 @@ class SqliteState:
             self._store("INSERT" if isinstance(change, Insert) else "INSERT OR REPLACE", change.record)
 
     def _store(self, verb: str, record: Record) -> None:
-        self._writer.execute(_storing(verb, type(record), 1), _values(record))
+        self._writer.execute(_storing(verb, type(record), 1), _row(type(record))(record))
 
 
 def _deliver(outcomes: list[tuple["asyncio.Future[None]", Exception | None]]) -> None:
