@@ -15,7 +15,6 @@ import threading
 import time
 import types
 import typing
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
