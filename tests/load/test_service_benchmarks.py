@@ -27,6 +27,8 @@ def test_ingest(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     )
     assert 0 < run["cpu_s_until_acknowledged"] <= run["cpu_s"]
     assert figures["raw_tls_mb_per_cpu_s"] > 0
+    assert set(run["limits_mb_per_cpu_s"]) == {"grpc", "sha256", "write", "fdatasync", "fold"}
+    assert figures["bare_grpc_mb_per_cpu_s"] == run["limits_mb_per_cpu_s"]["grpc"] > 0
     assert figures["peak_rss_mb"] > 20
 
 

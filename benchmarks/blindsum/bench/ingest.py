@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blindsum.bench.figures_output import Report, show_table, size
+from blindsum.bench.ingest_limits import PARTS, receiver_cpu_s
 from blindsum.bench.ingest_members import BulkMember, Gates, found
 from blindsum.bench.ingest_server import MeasuredServer, measured_server
 from blindsum.bench.ingest_tls import raw_tls_cpu_s
@@ -37,12 +38,16 @@ def bench_ingest(
         progress("raw TLS", 0, 1)
         raw.append(_raw(members * megabytes))
         with tempfile.TemporaryDirectory(prefix="blindsum-", dir=directory) as folder:
-            figures["sizes"][str(megabytes)] = _one_size(Path(folder), megabytes, members, at_once, progress)
+            run = _one_size(Path(folder), megabytes, members, at_once, progress)
+        figures["sizes"][str(megabytes)] = run | {
+            "limits_mb_per_cpu_s": _limits(run, at_once, directory, progress)
+        }
         raw.append(_raw(members * megabytes))
     raw.sort()
     runs = figures["sizes"].values()
     figures["mb_per_cpu_s"] = min(run["mb_per_cpu_s"] for run in runs)
     figures["raw_tls_mb_per_cpu_s"] = (raw[(len(raw) - 1) // 2] + raw[len(raw) // 2]) / 2
+    figures["bare_grpc_mb_per_cpu_s"] = min(run["limits_mb_per_cpu_s"]["grpc"] for run in runs)
     figures["ratio"] = figures["mb_per_cpu_s"] / figures["raw_tls_mb_per_cpu_s"]
     figures["peak_rss_mb"] = max(run["peak_rss_mb"] for run in runs)
     figures["exact"] = all(run["exact"] for run in runs)
@@ -51,6 +56,16 @@ def bench_ingest(
 
 def _raw(megabytes: int) -> float:
     return megabytes / raw_tls_cpu_s(megabytes * MB)
+
+
+def _limits(run: dict[str, Any], at_once: int, directory: Path | None, progress: Report) -> dict[str, float]:
+    """What receivers of the same uploads take in that do nothing, then one part of the work more each."""
+    limits = {}
+    for done, part in enumerate(PARTS):
+        progress(f"{run['upload_mb']:.0f} MB: a receiver up to {part}", done, len(PARTS))
+        cpu = receiver_cpu_s(part, int(run["upload_mb"] * MB), run["uploads"], at_once, directory)
+        limits[part] = run["uploads"] * run["upload_mb"] / cpu
+    return limits
 
 
 def _one_size(folder: Path, megabytes: int, members: int, at_once: int, progress: Report) -> dict[str, Any]:
@@ -121,3 +136,17 @@ def show_ingest(figures: dict[str, Any], console: Console) -> None:
     )
     columns = ("uploads", "MB per CPU s", "of raw TLS", "MB per s", "peak memory", "sum exact")
     show_table(title, columns, rows, console)
+    limits = [
+        (
+            f"{run['uploads']} x {run['upload_mb']:.0f} MB",
+            *(f"{run['limits_mb_per_cpu_s'][part]:.0f}" for part in PARTS),
+            f"{run['mb_per_cpu_s']:.0f}",
+        )
+        for run in figures["sizes"].values()
+    ]
+    show_table(
+        "MB per CPU second of receivers that do this part and those before it",
+        ("uploads", "gRPC alone", *(f"+ {part}" for part in PARTS[1:]), "the service"),
+        limits,
+        console,
+    )

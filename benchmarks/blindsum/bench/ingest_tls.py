@@ -23,7 +23,7 @@ BUFFER_BYTES = 256 * 1024
 
 
 @contextmanager
-def _credentials() -> Iterator[tuple[Path, Path]]:
+def credentials() -> Iterator[tuple[Path, Path]]:
     """A self-signed P-256 certificate that both ends use and trust, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
@@ -76,7 +76,7 @@ def _receive(pipe: Connection, chain: Path, secret: Path, total: int) -> None:
 def raw_tls_cpu_s(total: int) -> float:
     """CPU seconds in which a receiver takes `total` bytes over mutual TLS into one buffer."""
     fork_server = multiprocessing.get_context("spawn")
-    with _credentials() as (chain, secret):
+    with credentials() as (chain, secret):
         here, there = fork_server.Pipe()
         process = fork_server.Process(target=_receive, args=(there, chain, secret, total), daemon=True)
         process.start()
