@@ -102,6 +102,7 @@ class FederationEngine:
         self._taken_up = 0
         """The round that an earlier process left."""
         self._aborts = 0
+        self._draining = False
         self._exclude_next: frozenset[str] = frozenset()
         self._not_before_ms = 0
         self._gathering_since: int | None = None
@@ -142,6 +143,10 @@ class FederationEngine:
             await self._restore_round(newest[-1])
         await self._in_thread(self._clean_up)
         self._task = asyncio.get_running_loop().create_task(self._drive())
+
+    def drain(self) -> None:
+        """Let the running round go on, and open no other: the server is shutting down."""
+        self._draining = True
 
     async def stop(self) -> None:
         """Stop deciding; what is running stays as stored."""
@@ -326,6 +331,8 @@ class FederationEngine:
 
     def _not_due(self, now: int) -> str:
         """Why no round can open; empty when one can."""
+        if self._draining:
+            return "the aggregator is shutting down"
         documents, plan = self.documents, self.documents.plan
         if documents.roster is None or documents.policy is None or plan is None:
             return "no plan"

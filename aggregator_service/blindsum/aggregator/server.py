@@ -390,6 +390,8 @@ class AggregatorServer:
         """Say that no more work is taken, let running uploads end for `drain` seconds (or until `hurry`) and
         other calls for `grace` seconds, close everything."""
         self.readiness.drain()
+        for engine in self.engines.values():
+            engine.drain()
         await asyncio.gather(*self._following)
         await self._drain(drain, hurry or asyncio.Event())
         await self._health.enter_graceful_shutdown()
