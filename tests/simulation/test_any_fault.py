@@ -336,7 +336,8 @@ def test_one_seed_gives_the_same_decisions_errors_and_sums_under_a_homomorphic_k
     ops = operations("decisions", 12, (*BENIGN, "result", "count_twice", "fork", *PROGRESS))
     first = traced(homomorphic(name), "one", ops)
     assert traced(homomorphic(name), "one", ops) == first
-    assert b"SumCheckFailed" in first
+    # Whether a damaged sum still opens depends on the key, which the library draws itself.
+    assert b"SumCheckFailed" in first or b"OpeningFailed" in first
 
 
 # -- the simulator finds what is broken ------------------------------------------------------------------
