@@ -6,6 +6,7 @@ leaves out on purpose is no failure.
 """
 
 import os
+import signal
 from collections.abc import Generator
 from importlib.util import find_spec
 
@@ -18,6 +19,10 @@ STRICT = os.environ.get("CI") == "true"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the processor: a thread pool of torch or a BLAS in each of them only gets in the way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it puts in the background this way, and tests that press Ctrl-C would wait forever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
