@@ -149,7 +149,8 @@ def test_other_parameters_other_keys_and_lies_about_digests(line: CloudTail, att
     linear = TailKeyHolder(random_tail(LINEAR).card)
     assert attacker.register(linear.evaluation_keys) is RefusalReason.WRONG_SIZE
     padded = linear.evaluation_keys + bytes(SQUARE.keys_bytes - LINEAR.keys_bytes)
-    assert attacker.register(padded) is RefusalReason.REPLAY  # the padding repeats a seed of zeros
+    # Read at other offsets its coefficients are noise; and the padding repeats a seed of zeros.
+    assert attacker.register(padded) in (RefusalReason.OUT_OF_RANGE, RefusalReason.REPLAY)
     assert attacker.register(padded, digest=bytes(32)) is RefusalReason.WRONG_DIGEST
     assert attacker.register(attacker.holder.evaluation_keys + b"\0") is RefusalReason.WRONG_SIZE
     assert attacker.register(b"", digest=bytes(32)) is RefusalReason.WRONG_DIGEST
