@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from blindsum.aggregator.embedding import ServerHandle
 from blindsum.aggregator.folding import contribution_name
+from blindsum.aggregator.ingest import Ingest
 from blindsum.proto.v1 import round_pb2
 from manual_clock import ManualClock
 from scripted_federation import CHUNK, Scene, ScriptedMember, Serve, Stage, build_scene, chunks, reason_of
@@ -82,7 +84,17 @@ def test_a_stream_that_is_too_long_is_cut(stage: Stage, extra: str) -> None:
     complete(scene, number)
 
 
-def test_a_stalled_stream_loses_its_slot_and_others_are_served(serve: Serve, clock: ManualClock) -> None:
+def test_a_stalled_stream_loses_its_slot_and_others_are_served(
+    serve: Serve, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived = threading.Event()
+    feed = Ingest._feed
+
+    def told(slot: Any, chunk: memoryview) -> None:
+        feed(slot, chunk)
+        arrived.set()
+
+    monkeypatch.setattr(Ingest, "_feed", staticmethod(told))
     handle = serve(upload_slots=1)
     scene = build_scene(handle.enrolment_port, handle.member_port, handle.ca_pem, 3, {"dimension": BIG})
     for member in scene.members:
@@ -99,14 +111,9 @@ def test_a_stalled_stream_loses_its_slot_and_others_are_served(serve: Serve, clo
 
     call = slow.stub.Upload.future(trickle())
     assert other.begin(number, other.contribution()).retry_after_ms > 0
-    while True:
-        # The first chunk has to be there before time moves, or it would count in the next window.
-        clock.advance(21)
-        if call.done():
-            break
-        clock.advance(0)
-        if other.begin(number, other.contribution()).WhichOneof("answer") == "slot":
-            break
+    # The first chunk has to be there before time moves, or an unused slot would end and no stream.
+    assert arrived.wait(30)
+    clock.advance(21)
     with pytest.raises(grpc.RpcError) as caught:
         call.result(timeout=20)
     assert reason_of(caught.value) == "limit"
