@@ -157,3 +157,36 @@ def test_no_secret_is_printed_logged_or_shown(
     for name, secret in secrets.items():
         for form in (secret.hex(), repr(secret)[2:-1].lower(), str(list(secret))[1:-1]):
             assert form not in text, f"{name} was shown"
+
+
+def test_a_member_may_be_closed_while_another_thread_connects_it(
+    blindsum_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = blindsum_federation(3, model=small_model())
+    member = federation.open("member-1")
+    failed: list[BaseException] = []
+    closed = threading.Event()
+
+    def close() -> None:
+        try:
+            member.close()
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            closed.set()
+
+    closer = threading.Thread(target=close)
+    start = threading.Thread.start
+
+    def late(thread: threading.Thread) -> None:
+        if thread.name.startswith("blindsum-watch-"):
+            start(closer)
+            closed.wait(0.5)  # as long as it may come in between
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", late)
+    member._connect()
+    closer.join(30)
+    assert closed.is_set()
+    assert not failed
+    assert not member._threads

@@ -96,6 +96,7 @@ class Member:
         self._look_at_certificate = False
         self._line: MemberLine | None = None
         self._documents: OwnerDocuments | None = None
+        self._connecting = threading.RLock()
         self._threads: list[threading.Thread] = []
         self._notice: round_pb2.WatchResponse | None = None
         self._arrived = 0
@@ -259,6 +260,10 @@ class Member:
     # Connection
 
     def _connect(self, watch: bool = True) -> None:
+        with self._connecting:
+            self._connect_now(watch)
+
+    def _connect_now(self, watch: bool) -> None:
         if self._line is not None:
             if watch and self._threads:
                 raise BlindsumError("rounds() is running already; a member takes part once at a time")
@@ -290,6 +295,16 @@ class Member:
             thread.start()
 
     def _disconnect(self) -> None:
+        # Whoever closes while another thread connects ends that first: it makes a `_stop` of its own.
+        self._stop.set()
+        while not self._connecting.acquire(timeout=0.1):
+            self._stop.set()
+        try:
+            self._disconnect_now()
+        finally:
+            self._connecting.release()
+
+    def _disconnect_now(self) -> None:
         self._stop.set()
         line = self._line
         if line is not None:
